@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: help demo test lab check lint format clean
+
+help:
+	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
+	@echo "make test    all tests"
+	@echo "make lab     JupyterLab with the segkit kernel"
+	@echo "make check   versions, device, and what it is fast at"
+	@echo "make lint    ruff"
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segkit needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m segkit demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/python -m ipykernel install --prefix .venv --name segkit --display-name "Python 3 (segkit)"
+	$(BIN)/jupyter lab notebooks
+
+check: $(READY)
+	$(BIN)/python -m segkit check
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv

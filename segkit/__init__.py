@@ -1,0 +1,35 @@
+"""segkit: train, judge and look at a multi-organ CT segmentation.
+
+The files in the order in which data walk through them; each imports only from those above it:
+
+    errors.py        what is raised when something from outside cannot be used
+    labels.py        structures <-> channels, groups, colours, left/right partners
+    codes.py         masks <-> one code volume with its codebook, lossless
+    formats/         files of others: nifti.py reads and writes NIfTI on a canonical grid
+    phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
+    runs.py          where a run's files go; files that are whole or not there
+    subjects.py      find, choose and split subject folders
+    staging.py       subject folder -> staged store, a compressed chunk a slice
+    dataset.py       a data folder made ready in one call
+    slices.py        staged subjects -> batches of slices with their codes
+    augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
+    devices.py       which device there is and in which precision it is fast
+    unet.py          the 2D U-Net
+    losses.py        binary cross-entropy with the chunked head
+    metrics.py       counts -> Dice, IoU, success rate, detection
+    checkpoints.py   save and load, safely
+    training.py      epochs, validation, history
+    inference.py     volume in, codes out
+    evaluation.py    one tidy table: a row a subject and structure
+    figures.py       curves, overlays, distributions, rankings
+    meshes.py        codes -> meshes in mm -> one HTML page
+    interactive.py   what lives in a notebook: the growing curve, the slice browser
+    report.py        the files of an evaluation
+    check.py         whether the installation works
+    demo.py          both notebooks on phantoms, headless
+    __main__.py      python -m segkit VERB
+
+For education and research, not for diagnosis.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""python -m segkit VERB: the work of the notebooks from a shell. Each verb calls what a notebook calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from segkit.errors import SegkitError
+
+OUTPUTS = Path("outputs")
+
+
+def phantom(folder: Positional[Path], subjects: int = 16, seed: int = 0, detail: float = 1.0, jobs: int = 1) -> None:
+    """Write synthetic CT subjects with all 117 structures, in the dataset layout, with a meta.csv.
+
+    Args:
+        folder: where to; subject folders that exist are never overwritten.
+        subjects: how many. From three on there are train, val and test subjects.
+        seed: the same seed gives the same files.
+        detail: below 1 makes larger voxels, for quick tries.
+        jobs: subjects made at the same time.
+    """
+    from segkit.phantom import write_phantoms
+
+    write_phantoms(
+        folder, subjects, seed, detail=detail, jobs=jobs, progress=lambda done, of: print(f"{done}/{of}", flush=True)
+    )
+    print(f"{folder}: {subjects} subjects")
+
+
+def stage(
+    data_dir: Positional[Path],
+    stage_dir: Path = OUTPUTS / "staged",
+    exclude: tuple[str, ...] = (),
+    max_subjects: int | None = None,
+    jobs: int = 1,
+) -> None:
+    """Read a data set once into the store that training reads from. What is there and unchanged is not read again.
+
+    Args:
+        data_dir: folder of subjects, s0000/ct.nii.gz and s0000/segmentations/<structure>.nii.gz.
+        stage_dir: the store; outside of the data.
+        exclude: names of subjects to leave out.
+        max_subjects: at most so many.
+        jobs: subjects staged at the same time; each needs the memory of its CT and one mask.
+    """
+    from segkit.dataset import open_data
+
+    data = open_data(data_dir, stage_dir, max_subjects, exclude, jobs=jobs)
+    _report(data.problems)
+    print(f"{len(data.staged)} subjects, {len(data.label_map)} structures in {stage_dir}; split: {data.split.source}")
+
+
+def train(
+    data_dir: Positional[Path | None] = None,
+    output_dir: Path = OUTPUTS,
+    stage_dir: Path | None = None,
+    epochs: int = 5,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    target_shape: tuple[int, int] = (256, 256),
+    features: tuple[int, ...] = (32, 64, 128, 256),
+    structures: tuple[str, ...] | None = None,
+    exclude: tuple[str, ...] = (),
+    max_subjects: int | None = None,
+    slices_per_epoch: int | None = None,
+    validation_slices: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    jobs: int = 1,
+) -> None:
+    """Stage what is not staged yet and train a U-Net; checkpoints and history go to the output folder.
+
+    Args:
+        data_dir: folder of subjects; without it a phantom data set is made in the output folder.
+        output_dir: files of an older run in it are moved to its runs/.
+        stage_dir: the store; OUTPUT_DIR/staged by default.
+        epochs: passes over the training slices.
+        batch_size: slices a step.
+        learning_rate: Adam's, at the start.
+        target_shape: rows and columns of the network's input, multiples of 16.
+        features: channels of the U-Net's levels.
+        structures: only these; all that the data have by default.
+        exclude: names of subjects to leave out.
+        max_subjects: at most so many.
+        slices_per_epoch: all by default.
+        validation_slices: evenly spaced; all by default.
+        seed: of order, augmentation and weights.
+        device: cpu, cuda, cuda:1 or mps; the best there is by default.
+        jobs: subjects staged at the same time.
+    """
+    from segkit import figures, runs, training
+    from segkit.dataset import open_data, phantoms_in
+
+    settings = training.TrainSettings(
+        epochs, batch_size, learning_rate, target_shape, features,
+        slices_per_epoch=slices_per_epoch, validation_slices=validation_slices, seed=seed, device=device,
+    ).checked()  # fmt: skip
+    if data_dir is None:
+        print("no DATA_DIR: training on phantoms")
+        data_dir = phantoms_in(output_dir, jobs=jobs)
+    data = open_data(data_dir, stage_dir or output_dir / "staged", max_subjects, exclude, structures, seed, jobs)
+    _report(data.problems)
+
+    def draw(history: training.History) -> None:
+        figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
+
+    training.train(data, settings, runs.start_run(output_dir), on_epoch=draw)
+
+
+def evaluate(
+    output_dir: Path = OUTPUTS,
+    data_dir: Path | None = None,
+    stage_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    threshold: float = 0.5,
+    detected_dice: float = 0.1,
+    batch_size: int = 8,
+    max_subjects: int | None = None,
+    device: str | None = None,
+    jobs: int = 1,
+) -> None:
+    """Predict and score the test subjects of a training run: a CSV, figures and the headline score.
+
+    Args:
+        output_dir: the folder of the training run; results go there too.
+        data_dir: another data set than the run's own.
+        stage_dir: the store; OUTPUT_DIR/staged by default.
+        checkpoint: the one with the best validation Dice by default.
+        threshold: a structure is where its probability exceeds this.
+        detected_dice: from this Dice on a structure counts as detected.
+        batch_size: slices predicted at a time.
+        max_subjects: at most so many.
+        device: cpu, cuda, cuda:1 or mps; the best there is by default.
+        jobs: subjects staged at the same time.
+    """
+    from segkit import evaluation, report
+    from segkit.checkpoints import best_checkpoint, load_checkpoint
+    from segkit.dataset import open_run
+    from segkit.inference import Predictor
+
+    data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, jobs)
+    _report(data.problems)
+    loaded = load_checkpoint(checkpoint or best_checkpoint(output_dir), data.label_map)
+    predictor = Predictor(loaded.model, loaded.label_map, loaded.target_shape, threshold, batch_size, device)
+    kept, parts = output_dir / "predictions", data.split.test
+    scores = evaluation.evaluate(predictor, data.staged, parts, "test", kept, detected_dice)
+    bound = evaluation.evaluate_round_trip(data.staged, parts, "test", data.label_map, loaded.target_shape)
+    results = report.Report(scores, "test", output_dir)
+    results.table()
+    summary = results.summary(bound, loaded.path)
+    for draw in (results.distribution, results.ranking, results.success):
+        draw()
+    first = data.staged[parts[0].subject]
+    prediction = evaluation.load_prediction(kept, first)
+    results.visualization(first, parts[0], prediction)
+    results.page(first, prediction)
+    print(*results.files, report.headline(summary), sep="\n")
+
+
+def demo(
+    output_dir: Path = OUTPUTS,
+    epochs: int = 5,
+    target_shape: tuple[int, int] = (128, 128),
+    learning_rate: float = 2e-3,
+) -> None:
+    """Run both notebooks on phantoms, from nothing to scores and pictures, and print a summary.
+
+    Args:
+        output_dir: where everything lands.
+        epochs: of the training notebook.
+        target_shape: smaller than the notebook's own, so that two cores do it in minutes.
+        learning_rate: of the training notebook.
+    """
+    from segkit.demo import run_demo
+
+    run_demo(output_dir, epochs, target_shape, learning_rate)
+
+
+def check() -> None:
+    """Verify the installation: versions, device, what it is fast at, and a small training step."""
+    from segkit.check import check_installation
+
+    check_installation()
+
+
+def _report(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
+    verbs = {verb.__name__: verb for verb in (phantom, stage, train, evaluate, demo, check)}
+    try:
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m segkit", description=__doc__)
+    except SegkitError as error:
+        sys.exit(f"segkit: {error}")
+
+
+if __name__ == "__main__":
+    main()

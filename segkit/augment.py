@@ -1,0 +1,180 @@
+"""From slices on their own grids to network input: one resampling for fit-to-shape and augmentation, then intensity.
+
+Fitting keeps the aspect ratio in mm, centres the slice and pads with air. Rotation, scale, shift and flip are composed
+with it into a single sampling grid, so that every pixel is interpolated once: the image linearly, and averaged over a
+target pixel's area where it shrinks, so that nothing aliases; the codes by nearest neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from segkit.errors import SegkitError
+from segkit.slices import AIR_HU, SliceBatch, Targets
+
+HU_RANGE = (-1000.0, 1000.0)
+HU_UNIT = 250.0  # HU that become 1.0 at the network's input: soft tissue spans about -0.5 to 0.5
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far training slices are varied. Each is the largest change; 0 or False switches it off."""
+
+    rotation_degrees: float = 15.0
+    scale: float = 0.15  # fraction: 0.15 draws a factor between 0.85 and 1.15
+    shift: float = 0.05  # fraction of the larger side
+    flip_left_right: bool = False  # anatomically false (liver, heart): partner channels are swapped where it is on
+    intensity_scale: float = 0.1  # fraction
+    intensity_shift_hu: float = 20.0  # HU
+    noise_hu: float = 15.0  # HU, largest standard deviation
+
+
+NO_AUGMENTATION = Augmentation(0, 0, 0, False, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What was drawn for each of B samples. Tensors of length B on the CPU, geometry as a 2 x 2 matrix and a shift."""
+
+    matrix: torch.Tensor  # float32 (B, 2, 2), from target (y, x) in mm to source (y, x) in mm, about the centres
+    shift: torch.Tensor  # float32 (B, 2), fraction of the target's larger side
+    mirrored: torch.Tensor  # bool (B,)
+    intensity: torch.Tensor  # float32 (B, 3): factor, shift in HU, standard deviation of the noise in HU
+    noise_seeds: tuple[int, ...]
+
+
+def check_target_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """TARGET_SHAPE as (rows, columns), given as tuple or list. Raises SegkitError unless both are multiples of 16."""
+    try:
+        rows, columns = (int(side) for side in shape)
+    except (TypeError, ValueError):
+        raise SegkitError(f"TARGET_SHAPE = {shape!r}: expected two whole numbers like (256, 256)") from None
+    if min(rows, columns) < 16 or rows % 16 or columns % 16:
+        raise SegkitError(f"TARGET_SHAPE = {(rows, columns)}: the U-Net halves four times: give multiples of 16")
+    return rows, columns
+
+
+def draw(settings: Augmentation, seed: int, epoch: int, numbers: Sequence[int]) -> Variation:
+    """Draw the variation of each sample from its own random stream (seed, epoch, number in the epoch)."""
+    streams = [np.random.default_rng((seed, epoch, int(number))) for number in numbers]
+    unit = np.array([stream.uniform(-1, 1, 8) for stream in streams]).T
+    angle, scale = np.deg2rad(settings.rotation_degrees * unit[0]), 1 / (1 + settings.scale * unit[1])
+    mirrored = (unit[2] > 0) & settings.flip_left_right
+    across = np.where(mirrored, -1, 1)
+    matrix = scale * np.array([[np.cos(angle), -np.sin(angle) * across], [np.sin(angle), np.cos(angle) * across]])
+    intensity = [
+        1 + settings.intensity_scale * unit[5],
+        settings.intensity_shift_hu * unit[6],
+        settings.noise_hu * np.abs(unit[7]),
+    ]
+    return Variation(
+        torch.from_numpy(matrix.transpose(2, 0, 1).astype(np.float32)),
+        torch.from_numpy((settings.shift * unit[3:5].T).astype(np.float32)),
+        torch.from_numpy(mirrored),
+        torch.from_numpy(np.stack(intensity, 1).astype(np.float32)),
+        tuple(int(stream.integers(2**62)) for stream in streams),
+    )
+
+
+def to_network(
+    batch: SliceBatch,
+    target_shape: tuple[int, int],
+    variation: Variation | None = None,
+    mirrored_channels: Sequence[int | None] | None = None,
+) -> tuple[torch.Tensor, Targets]:
+    """Images (B, 1, H, W) float32 as the network takes them, and their Targets, on the batch's device.
+
+    Without `variation` the slices are only fitted. `mirrored_channels` (`segkit.labels.mirrored_channels`) is needed
+    where slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
+    """
+    device = batch.hu.device
+    if variation is None:
+        count = len(batch)
+        matrix, shift = torch.eye(2, device=device).expand(count, 2, 2), torch.zeros(count, 2, device=device)
+    else:
+        matrix, shift = variation.matrix.to(device), variation.shift.to(device)
+    shrink = shrinking(batch, target_shape)
+    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), matrix, shift)
+    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
+    hu = F.avg_pool2d(hu, shrink) if shrink > 1 else hu
+    coarse = sampling_grid(batch, target_shape, matrix, shift)
+    codes = _sample(batch.codes.float(), coarse, "nearest")[:, 0].long()
+    hu = hu + AIR_HU
+    codebook, annotated = batch.codebook, batch.annotated
+    if variation is not None:
+        hu = vary_intensity(hu, variation)
+        codebook, annotated = mirror_targets(codebook, annotated, variation.mirrored, mirrored_channels)
+    return normalize(hu), Targets(codes, codebook, annotated)
+
+
+def normalize(hu: torch.Tensor) -> torch.Tensor:
+    """HU -> network input: clipped to HU_RANGE, divided by HU_UNIT."""
+    return hu.clamp(*HU_RANGE) / HU_UNIT
+
+
+def pixel_mm(batch: SliceBatch, target_shape: tuple[int, int]) -> torch.Tensor:
+    """Side of a fitted pixel in mm, (B,): the smallest with which the whole slice is inside."""
+    extent = batch.sizes * batch.spacing_mm
+    return (extent / torch.tensor(target_shape, device=extent.device)).amax(1)
+
+
+def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> int:
+    """How many samples a side a target pixel needs so that none of its source pixels is stepped over (1 to 8)."""
+    factor = pixel_mm(batch, target_shape) / batch.spacing_mm.amin(1)
+    return int(np.clip(np.ceil(float(factor.max()) - 0.25), 1, 8))
+
+
+def sampling_grid(batch: SliceBatch, shape: tuple[int, int], matrix: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """For each pixel of `shape` where it lies in the padded slices: (B, H, W, 2) as `grid_sample` takes it, (x, y).
+
+    `shape` covers the same area as the fitted target, whatever its resolution.
+    """
+    device = batch.hu.device
+    rows, columns = (torch.arange(n, device=device) + 0.5 - n / 2 for n in shape)
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)  # pixels from the centre, (y, x)
+    size = pixel_mm(batch, shape)[:, None, None, None]
+    place = (place + shift[:, None, None] * max(shape)) * size
+    place = (
+        torch.einsum("bij,bhwj->bhwi", matrix, place) / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
+    )
+    padded = torch.tensor(batch.hu.shape[1:], device=device)
+    return (2 * place / padded - 1).flip(-1)
+
+
+def _sample(planes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+    return F.grid_sample(planes[:, None], grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:
+    """Scale, shift and noise on HU (B, 1, H, W); air stays what the scale makes of it."""
+    factor, offset, deviation = variation.intensity.to(hu.device).T[..., None, None, None]
+    noise = torch.stack(
+        [torch.randn(hu.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in variation.noise_seeds]
+    )
+    return hu * factor + offset + deviation * noise.to(hu.device)
+
+
+def mirror_targets(
+    codebook: torch.Tensor,
+    annotated: torch.Tensor,
+    mirrored: torch.Tensor,
+    mirrored_channels: Sequence[int | None] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codebooks (B, K, C) and annotated channels (B, C) of a batch in which samples `mirrored` (B,) are mirrored."""
+    if not bool(mirrored.any()):
+        return codebook, annotated
+    if mirrored_channels is None:
+        raise ValueError("mirrored slices need mirrored_channels")
+    partner = torch.tensor([0 if p is None else p for p in mirrored_channels], device=codebook.device)
+    paired = torch.tensor([p is not None for p in mirrored_channels], device=codebook.device)
+    chosen = mirrored.to(codebook.device)
+    swapped = codebook[:, :, partner] & paired
+    return (
+        torch.where(chosen[:, None, None], swapped, codebook),
+        torch.where(chosen[:, None], annotated[:, partner] & paired, annotated),
+    )

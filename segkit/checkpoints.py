@@ -1,0 +1,127 @@
+"""Checkpoints: weights, readable settings and the label map in one file that holds data and no code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from segkit.errors import SegkitError
+from segkit.labels import check_label_map
+from segkit.runs import write_whole
+from segkit.unet import UNet2D
+
+FORMAT = 1
+_FIELDS = {"epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "weights": dict}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a `checkpoint_epochX.pth` holds. `network` are the arguments of UNet2D, `settings` those of the training."""
+
+    path: Path
+    epoch: int
+    network: dict
+    label_map: dict[str, int]
+    settings: dict
+    scores: dict
+    model: UNet2D  # in evaluation mode, on the CPU
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        return tuple(self.settings["target_shape"])
+
+
+def save_checkpoint(
+    path: Path, model: UNet2D, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict
+) -> Path:
+    """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types."""
+    # contiguous: channels_last is how this machine computes, not what the weights are
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "epoch": epoch,
+        "network": network,
+        "label_map": dict(label_map),
+        "settings": settings,
+        "scores": scores,
+        "weights": weights,
+    }
+    return write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None) -> Checkpoint:
+    """Read a checkpoint without executing anything in it, and rebuild its network.
+
+    Raises SegkitError that names the file if it is missing, damaged, no checkpoint of segkit, or was trained with
+    another label map than `label_map` (where one is given).
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SegkitError(f"{path}: no such checkpoint; train first, or give the path of one") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SegkitError(f"{path}: no readable checkpoint ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SegkitError(f"{path}: no checkpoint of segkit: expected format {FORMAT}")
+    for name, kind in _FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise SegkitError(
+                f"{path}: damaged checkpoint: {name} is {type(content.get(name)).__name__}, not {kind.__name__}"
+            )
+    own_map = check_label_map(content["label_map"], f"{path} (label map)")
+    if label_map is not None and dict(label_map) != own_map:
+        raise SegkitError(f"{path}: trained with another label map: {_difference(own_map, dict(label_map))}")
+    model = _rebuild(path, content, len(own_map))
+    return Checkpoint(
+        path, content["epoch"], content["network"], own_map, content["settings"], content["scores"], model
+    )
+
+
+def _rebuild(path: Path, content: dict, channels: int) -> UNet2D:
+    weights, network = content["weights"], content["network"]
+    try:
+        with torch.device("meta"):  # shapes first: a wrong or hostile file allocates nothing
+            model = UNet2D(**network)
+        if network["out_channels"] != channels:
+            raise ValueError(f"{network['out_channels']} output channels for {channels} structures")
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SegkitError(f"{path}: damaged checkpoint: weights do not fit the network {network}: {reason}") from error
+    return model.eval()
+
+
+def _difference(own: dict[str, int], wanted: dict[str, int]) -> str:
+    only_own, only_wanted = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(own))
+    if not only_own and not only_wanted:
+        return "the same structures on other channels"
+    return (
+        f"it has {len(own)} structures, expected {len(wanted)}; only in the checkpoint: {only_own[:4]}, "
+        f"only expected: {only_wanted[:4]}; use the checkpoint of this data, or train again"
+    )
+
+
+def best_checkpoint(output_dir: str | Path) -> Path:
+    """The checkpoint with the highest validation Dice in `training_history.json`.
+
+    Raises SegkitError if the folder holds no finished epoch.
+    """
+    folder = Path(output_dir)
+    try:
+        history = json.loads((folder / "training_history.json").read_text(encoding="utf-8"))
+        epochs = [(row["val_dice"] or 0.0, row["epoch"]) for row in history["epochs"]]
+    except FileNotFoundError as error:
+        raise SegkitError(f"{folder}: no training_history.json: train first, or set CHECKPOINT to a file") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SegkitError(f"{folder / 'training_history.json'}: not a training history ({error!r})") from error
+    there = [(score, epoch) for score, epoch in epochs if (folder / f"checkpoint_epoch{epoch}.pth").is_file()]
+    if not there:
+        raise SegkitError(f"{folder}: no checkpoint of an epoch in training_history.json; train first")
+    return folder / f"checkpoint_epoch{max(there)[1]}.pth"

@@ -1,0 +1,149 @@
+"""Masks <-> one volume of small integers with its codebook, without loss.
+
+Code k stands for the set of structures `codebook[k]`: single structures and every overlap that occurs each get a code,
+0 is background. One or two bytes a voxel hold what 117 masks say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segkit.errors import SegkitError
+
+
+@dataclass(frozen=True)
+class CodeVolume:
+    """Which structures each voxel belongs to.
+
+    codes: unsigned integers, any shape, each below K. codebook: bool (K, S), row 0 all False. structures: the S names
+    that were looked for, in the order of the columns; one without a voxel is absent, one not named was not annotated.
+    """
+
+    codes: np.ndarray
+    codebook: np.ndarray
+    structures: tuple[str, ...]
+
+    def mask(self, structure: str) -> np.ndarray:
+        """The mask of one structure: bool, the shape of `codes`. Raises SegkitError for a structure not annotated."""
+        return self.codebook[:, self._column(structure)][self.codes]
+
+    def voxels(self) -> dict[str, int]:
+        """Number of voxels of each structure."""
+        counts = np.bincount(self.codes.ravel(), minlength=len(self.codebook))
+        return dict(zip(self.structures, (counts @ self.codebook.astype(np.int64)).tolist(), strict=True))
+
+    def on_channels(self, label_map: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The codebook on a model's channels, bool (K, C), and which channels are annotated, bool (C,)."""
+        table = np.zeros((len(self.codebook), len(label_map)), bool)
+        annotated = np.zeros(len(label_map), bool)
+        for column, name in enumerate(self.structures):
+            if name in label_map:
+                table[:, label_map[name]] = self.codebook[:, column]
+                annotated[label_map[name]] = True
+        return table, annotated
+
+    def with_codes(self, codes: np.ndarray) -> CodeVolume:
+        """The same codebook over other codes: a slice, a crop, another orientation."""
+        return CodeVolume(codes, self.codebook, self.structures)
+
+    def _column(self, structure: str) -> int:
+        try:
+            return self.structures.index(structure)
+        except ValueError:
+            raise SegkitError(
+                f"{structure!r} is not annotated here; annotated are {', '.join(self.structures[:8])} ..."
+            ) from None
+
+
+class CodeWriter:
+    """Collects sets of structures, from a whole volume or piece by piece, and hands out their codes."""
+
+    def __init__(self, structures: Sequence[str]):
+        self.structures = tuple(structures)
+        self.rows = [np.zeros(len(self.structures), bool)]
+        self._code_of = {self.rows[0].tobytes(): 0}
+
+    def code(self, members: np.ndarray) -> int:
+        """The code of a set, given as bool (S,)."""
+        key = members.tobytes()
+        if key not in self._code_of:
+            self._code_of[key] = len(self.rows)
+            self.rows.append(members.copy())
+        return self._code_of[key]
+
+    def add(self, volume: CodeVolume) -> np.ndarray:
+        """The codes of a volume (its structures among these) in this writer's numbering, uint32."""
+        columns = [self.structures.index(name) for name in volume.structures]
+        rows = np.zeros((len(volume.codebook), len(self.structures)), bool)
+        rows[:, columns] = volume.codebook
+        return np.array([self.code(row) for row in rows], np.uint32)[volume.codes]
+
+    def finish(self, codes: np.ndarray) -> CodeVolume:
+        """A CodeVolume with the codes renumbered: only sets that occur, small sets first, in the smallest dtype."""
+        occurring = np.union1d([0], np.flatnonzero(np.bincount(codes.ravel(), minlength=len(self.rows))))
+        table = np.array(self.rows)[occurring]
+        # single structures first, in column order, then the overlaps: the same masks always give the same codes
+        order = np.array(sorted(range(len(table)), key=lambda k: (table[k].sum(), table[k].nonzero()[0].tolist())))
+        renumbered = np.zeros(len(self.rows), smallest_dtype(len(table)))
+        renumbered[occurring[order]] = np.arange(len(table))
+        return CodeVolume(renumbered[codes], table[order], self.structures)
+
+
+def smallest_dtype(codes: int) -> np.dtype:
+    """uint8, uint16 or uint32: the smallest that holds `codes` different codes."""
+    return np.dtype(np.uint8 if codes <= 256 else np.uint16 if codes <= 65536 else np.uint32)
+
+
+def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+    """One CodeVolume of `shape` from (name, mask) pairs, each mask bool or number of that shape; > 0 is inside.
+
+    Masks are taken one at a time, so that a generator keeps the memory at one mask. `order` is the memory layout of
+    the result; masks of the same layout ("F" as NIfTI stores them) are read without a copy. Raises SegkitError for a
+    mask of another shape or a name that comes twice.
+    """
+    flat = np.zeros(int(np.prod(shape)), np.uint16)
+    names: list[str] = []
+    sets: list[tuple[int, ...]] = [()]
+    code_of: dict[tuple[int, ...], int] = {(): 0}
+    for column, (name, mask) in enumerate(masks):
+        if mask.shape != tuple(shape) or name in names:
+            raise SegkitError(f"mask {name!r}: expected one mask of shape {tuple(shape)}, found {mask.shape}")
+        names.append(name)
+        inside = np.flatnonzero(mask.ravel(order=order) > 0)
+        before = flat[inside]
+        after = np.empty_like(before, np.uint32)
+        for old in np.unique(before):
+            joined = (*sets[old], column)
+            code = code_of.setdefault(joined, len(sets))
+            if code == len(sets):
+                sets.append(joined)
+            after[before == old] = code
+        if len(sets) > np.iinfo(flat.dtype).max:
+            flat = flat.astype(np.uint32)
+        flat[inside] = after
+    writer = CodeWriter(names)
+    code_in_writer = np.array([writer.code(np.isin(np.arange(len(names)), members)) for members in sets])
+    return writer.finish(code_in_writer.astype(smallest_dtype(len(sets)))[flat].reshape(shape, order=order))
+
+
+def codebook_to_json(volume: CodeVolume) -> dict:
+    """What a readable file keeps beside the codes: the structures and, per code, the columns of its members."""
+    members = [row.nonzero()[0].tolist() for row in volume.codebook]
+    return {"structures": list(volume.structures), "codebook": members}
+
+
+def codebook_from_json(content: Mapping, codes: np.ndarray, source: str) -> CodeVolume:
+    """The reverse of `codebook_to_json`. Raises SegkitError that names `source` for content that does not fit."""
+    try:
+        structures = tuple(str(name) for name in content["structures"])
+        codebook = np.zeros((len(content["codebook"]), len(structures)), bool)
+        for row, members in zip(codebook, content["codebook"], strict=True):
+            row[members] = True
+    except (KeyError, TypeError, IndexError) as error:
+        raise SegkitError(
+            f"{source}: no usable codebook ({error!r}); delete the folder to have it made again"
+        ) from error
+    return CodeVolume(codes, codebook, structures)

@@ -1,0 +1,138 @@
+"""A data folder made ready in one call: found, chosen, staged, with label map and split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from segkit.errors import SegkitError
+from segkit.labels import load_label_map, make_label_map
+from segkit.phantom import write_phantoms
+from segkit.runs import make_folder
+from segkit.staging import StagedSubject, stage, structures_in
+from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, read_meta_split, select_subjects
+
+
+@dataclass(frozen=True)
+class Data:
+    """Staged subjects by name, which parts train, validate and test, structure -> channel, and what was left out."""
+
+    folder: Path
+    staged: dict[str, StagedSubject]
+    split: Split
+    label_map: dict[str, int]
+    problems: list[str]
+
+    def overview(self) -> pd.DataFrame:
+        """A row a subject: its splits, slices, spacing, orientation of the files, structures, and notes of staging."""
+        rows = {}
+        for name, subject in self.staged.items():
+            splits = [split for split in SPLITS if name in {part.subject for part in getattr(self.split, split)}]
+            rows[name] = {
+                "split": " + ".join(splits),
+                "slices": subject.shape[0],
+                "spacing_mm": " x ".join(f"{size:.3g}" for size in subject.spacing_mm[::-1]),
+                "orientation": subject.grid.orientation,
+                "annotated": len(subject.structures),
+                "present": sum(count > 0 for count in subject.voxels.values()),
+                "notes": "; ".join(subject.info["notes"]),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("subject")
+
+    def test_part(self, subject: str | None = None) -> Part:
+        """What the test takes of `subject`, of the first test subject by default. SegkitError if it is not one."""
+        parts = {part.subject: part for part in self.split.test}
+        if subject is not None and subject not in parts:
+            raise SegkitError(f"SHOW_SUBJECT = {subject!r} is no test subject; those are {', '.join(list(parts)[:8])}")
+        return self.split.test[0] if subject is None else parts[subject]
+
+
+def phantoms_in(
+    output_dir: str | Path, subjects: int = 16, seed: int = 0, detail: float = 1.0, jobs: int = 1, progress: bool = True
+) -> Path:
+    """A phantom data set under `output_dir`, made if it is not there: the data of a run with DATA_DIR = None.
+
+    The folder's name says what is in it, so that another number, seed or detail makes another one. It appears complete
+    or not at all.
+    """
+    folder = Path(output_dir) / f"phantoms_{subjects}_seed{seed}{'' if detail == 1 else f'_detail{detail:g}'}"
+    if folder.is_dir():
+        return folder
+    draft = make_folder(folder.parent) / f".{folder.name}"
+    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
+    with tqdm(total=subjects, desc="phantoms", unit="subject", disable=not progress) as bar:
+        write_phantoms(draft, subjects, seed, detail=detail, progress=lambda *_: bar.update(), jobs=jobs)
+    draft.rename(folder)
+    return folder
+
+
+def open_data(
+    data_dir: str | Path,
+    stage_dir: str | Path,
+    max_subjects: int | None = None,
+    exclude: Sequence[str] = (),
+    structures: Sequence[str] | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    progress: bool = True,
+) -> Data:
+    """Find, choose and stage the subjects of `data_dir`, discover the label map and make the split.
+
+    max_subjects, exclude, structures: as MAX_SUBJECTS, EXCLUDE and STRUCTURES of the notebook limit what is used.
+    Raises SegkitError where the folder, a setting or every subject is unusable; single unusable subjects are named in
+    `Data.problems`.
+    """
+    subjects, problems = find_subjects(data_dir)
+    meta_split = read_meta_split(data_dir)
+    chosen = select_subjects(subjects, meta_split, exclude, max_subjects, seed)
+    staged, left_out = stage(chosen, stage_dir, jobs, progress)
+    label_map = make_label_map(structures_in(staged), structures)
+    split = make_split({subject.name: subject.shape[0] for subject in staged}, meta_split, seed)
+    by_name = {subject.name: subject for subject in staged}
+    return Data(Path(data_dir), by_name, split, label_map, problems + left_out)
+
+
+def open_run(
+    output_dir: str | Path,
+    stage_dir: str | Path,
+    data_dir: str | Path | None = None,
+    max_subjects: int | None = None,
+    jobs: int = 1,
+    progress: bool = True,
+) -> Data:
+    """The data of the training run in `output_dir`, with its own label map and split; what the analysis opens.
+
+    With `data_dir` of another data set its subjects are taken instead: the test subjects of its meta.csv, or all of
+    them. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run or its data are gone.
+    """
+    output_dir = Path(output_dir)
+    try:
+        label_map = load_label_map(output_dir / "label_map.json")
+        content = json.loads((output_dir / "split.json").read_text(encoding="utf-8"))
+        trained_on, split = Path(content["data_dir"]), Split.from_json(content, str(output_dir / "split.json"))
+    except FileNotFoundError as error:
+        raise SegkitError(f"{error.filename} is missing: no training run there; run train_unet first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SegkitError(f"{output_dir / 'split.json'}: damaged ({error}); train again") from error
+    folder = trained_on if data_dir is None else Path(data_dir)
+    subjects, problems = find_subjects(folder)
+    if folder.resolve() != trained_on.resolve():
+        names = [subject.name for subject in subjects]
+        meta_split = read_meta_split(folder)
+        test = [name for name in names if meta_split.get(name) == "test"] or names
+        split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
+    split = replace(split, test=split.test[:max_subjects])
+    tested = [subject for subject in subjects if subject.name in {part.subject for part in split.test}]
+    if len(tested) < len({part.subject for part in split.test}):
+        gone = sorted({part.subject for part in split.test} - {subject.name for subject in tested})
+        raise SegkitError(f"{folder}: test subjects of {output_dir / 'split.json'} are missing: {', '.join(gone[:5])}")
+    staged, left_out = stage(tested, stage_dir, jobs, progress)
+    by_name = {subject.name: subject for subject in staged}
+    split = replace(split, test=tuple(part for part in split.test if part.subject in by_name))
+    return Data(folder, by_name, split, label_map, problems + left_out)

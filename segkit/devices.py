@@ -1,0 +1,54 @@
+"""Which device there is and in which precision it computes fast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from segkit.errors import SegkitError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best there is. SegkitError if missing."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SegkitError(f"DEVICE = {name!r} is not usable here ({error}); use None for the best there is") from error
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
+    # torch keeps these under private names; where a release drops them, float32 is the safe answer
+    probes = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(probe() for probe in probes if probe is not None)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device is good at it (CUDA from Ampere, CPU with AMX or AVX512-BF16), else float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Computes convolutions in `dtype` inside the `with`; nothing changes for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def describe_device(device: torch.device) -> str:
+    """One line for a person: the device, its memory or threads, and the precision it is fast at."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        what = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} in all"
+    else:
+        what = f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({what}), computes in {str(fast_dtype(device)).removeprefix('torch.')}"

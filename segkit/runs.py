@@ -1,0 +1,101 @@
+"""Where a run's files go: the project's root, an output folder that never mixes two runs, files that are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from segkit.errors import SegkitError
+
+RUN_FILES = (
+    "checkpoint_epoch*.pth",
+    "label_map.json",
+    "split.json",
+    "settings.json",
+    "training_history.*",
+    "evaluation_*",
+    "metrics_distribution_*.png",
+    "structure_ranking_*.png",
+    "success_rates_*.png",
+    "segmentation_visualization_*.png",
+    "3d_*.html",
+    "predictions",
+)
+"""What belongs to one run. Staged stores, phantoms and executed notebooks serve several and stay where they are."""
+
+
+def project_root(start: str | Path | None = None) -> Path:
+    """The nearest folder at or above `start` (the working directory) that holds `notebooks/` and `segkit/`.
+
+    Notebooks resolve their paths from it, wherever the kernel starts. Without such a folder: `start` itself.
+    """
+    here = Path(start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "segkit").is_dir():
+            return folder
+    return here
+
+
+def resolve(path: str | Path, root: Path | None = None) -> Path:
+    """`path` made absolute: `~` expanded, relative ones taken from the project's root."""
+    return (root or project_root()) / Path(path).expanduser()
+
+
+def time_stamp() -> str:
+    """Now, as it stands in file names: 20261123_184105."""
+    return datetime.now().strftime("%Y%m%d_%H%M%S")
+
+
+def start_run(output_dir: str | Path) -> Path:
+    """Make `output_dir` ready for a new training and return it.
+
+    Files of an older run move to `runs/<stamp of their end>/` inside it. Raises SegkitError where nothing can be
+    written.
+    """
+    folder = Path(output_dir)
+    make_folder(folder)
+    older = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    if older:
+        ended = datetime.fromtimestamp(max(path.stat().st_mtime for path in older)).strftime("%Y%m%d_%H%M%S")
+        archive = folder / "runs" / ended
+        number = 1
+        while archive.exists():
+            number += 1
+            archive = folder / "runs" / f"{ended}_{number}"
+        archive.mkdir(parents=True)
+        for path in older:
+            path.rename(archive / path.name)
+    return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` with its parents. Raises SegkitError that names it where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SegkitError(f"{folder}: cannot be made a folder ({error.strerror}); choose another OUTPUT_DIR") from error
+    return folder
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it: `path` is complete or untouched."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, content: object) -> Path:
+    """Write `content` as readable JSON (innermost lists on one line), whole or not at all."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    # a line break in this text is layout, never part of a string
+    text = re.sub(r"\[\n[^\[\]{}]*\n *\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+    return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,235 @@
+"""Find subject folders in the TotalSegmentator layout, choose among them, and split them by subject."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segkit.errors import SegkitError, SubjectError
+from segkit.labels import check_name
+
+SPLITS = ("train", "val", "test")
+SLAB_SLICES = 8
+"""Thickness of the slabs into which a single subject is split, in slices."""
+
+_LAYOUT = "expected folders like s0000/ with ct.nii.gz and segmentations/<structure>.nii.gz inside"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject on disk: its CT and the mask file of each annotated structure."""
+
+    name: str
+    folder: Path
+    masks: Mapping[str, Path]  # structure -> file, sorted by name
+
+    @property
+    def ct(self) -> Path:
+        return self.folder / "ct.nii.gz"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that is read for this subject."""
+        return (self.ct, *self.masks.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a split uses of a subject: the whole of it, or the slices `start <= z < stop` of some slabs."""
+
+    subject: str
+    slabs: tuple[tuple[int, int], ...] | None = None
+
+    def slices(self, total: int) -> list[int]:
+        """The slice numbers, of `total` in the subject."""
+        if self.slabs is None:
+            return list(range(total))
+        return [z for start, stop in self.slabs for z in range(start, min(stop, total))]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which parts are for training, validation and test, and where that was decided."""
+
+    train: tuple[Part, ...]
+    val: tuple[Part, ...]
+    test: tuple[Part, ...]
+    source: str  # a sentence for the reader of split.json
+
+    def to_json(self) -> dict:
+        """Plain types for `split.json`."""
+        parts = {name: [{"subject": p.subject, "slabs": p.slabs} for p in getattr(self, name)] for name in SPLITS}
+        return {"source": self.source, **parts}
+
+    @classmethod
+    def from_json(cls, content: Mapping, source: str) -> Split:
+        """The reverse of `to_json`. Raises SegkitError that names `source` for anything else."""
+        try:
+            parts = [
+                tuple(
+                    Part(check_name(p["subject"]), p["slabs"] and tuple((int(a), int(b)) for a, b in p["slabs"]))
+                    for p in content[name]
+                )
+                for name in SPLITS
+            ]
+            return cls(*parts, source=str(content["source"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SegkitError(
+                f"{source}: no split of train, val and test ({error!r}); train again to have it written"
+            ) from error
+
+
+def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[str]]:
+    """The usable subject folders of a data set, sorted by name, and a sentence for each that is not usable.
+
+    Raises SegkitError if the path is no folder or holds no subject at all.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the data set, or to None for a phantom one")
+    subjects, problems = [], []
+    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if (folder / "ct.nii.gz").is_file() or (folder / "segmentations").is_dir():
+            try:
+                subjects.append(_open_subject(folder))
+            except SegkitError as error:
+                problems.append(str(error))
+    if not subjects:
+        found = "; ".join(problems[:3]) or _what_is_there(data_dir)
+        raise SegkitError(f"{data_dir}: no subjects: {_LAYOUT}; found {found}")
+    return subjects, problems
+
+
+def _open_subject(folder: Path) -> Subject:
+    check_name(folder.name)
+    if not (folder / "ct.nii.gz").is_file():
+        raise SubjectError(
+            f"subject {folder.name}: {folder / 'ct.nii.gz'} is missing, segmentations/ is there; left out"
+        )
+    masks = {
+        path.name.removesuffix(".nii.gz"): path for path in sorted((folder / "segmentations").glob("[!.]*.nii.gz"))
+    }
+    if not masks:
+        raise SubjectError(f"subject {folder.name}: {folder / 'segmentations'} holds no <structure>.nii.gz; left out")
+    for name in masks:
+        try:
+            check_name(name)
+        except SegkitError as error:
+            raise SubjectError(f"subject {folder.name}: {masks[name]}: {error}; left out") from error
+    return Subject(folder.name, folder, masks)
+
+
+def _what_is_there(data_dir: Path) -> str:
+    if (data_dir / "ct.nii.gz").is_file():
+        return f"one subject itself: give its parent folder, {data_dir.parent}"
+    inside = [path for path in sorted(data_dir.iterdir()) if path.is_dir()]
+    for folder in inside:
+        if any((sub / "ct.nii.gz").is_file() for sub in folder.iterdir() if sub.is_dir()):
+            return f"subjects one level down: give {folder}"
+    return f"{len(inside)} folders, none of them with a ct.nii.gz"
+
+
+def read_meta_split(data_dir: str | Path) -> dict[str, str]:
+    """Subject -> "train", "val" or "test" from the data set's `meta.csv`; empty where there is none.
+
+    The file is separated by `;` and starts with a byte-order mark. Raises SegkitError if it lacks the two columns.
+    """
+    path = Path(data_dir) / "meta.csv"
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter=";")
+            if not {"image_id", "split"} <= set(reader.fieldnames or ()):
+                raise SegkitError(
+                    f"{path}: expected columns image_id and split, separated by ';', found {reader.fieldnames}"
+                )
+            rows = [(row["image_id"], (row["split"] or "").strip()) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SegkitError(f"{path}: not readable as CSV ({error})") from error
+    return {name: split for name, split in rows if split in SPLITS}
+
+
+def select_subjects(
+    subjects: Sequence[Subject],
+    meta_split: Mapping[str, str],
+    exclude: Sequence[str] = (),
+    max_subjects: int | None = None,
+    seed: int = 0,
+) -> list[Subject]:
+    """Leave out `exclude`, then keep at most `max_subjects`: a seeded draw that keeps each split's share.
+
+    From three subjects on, every split that `meta_split` names keeps at least one. Raises SegkitError for a name in
+    `exclude` that does not exist, for a maximum below one and if nothing is left.
+    """
+    unknown = sorted(set(exclude) - {subject.name for subject in subjects})
+    if unknown:
+        raise SegkitError(f"EXCLUDE names {', '.join(unknown[:5])}, which the data set does not have")
+    kept = [subject for subject in subjects if subject.name not in set(exclude)]
+    if not kept:
+        raise SegkitError("EXCLUDE leaves no subject")
+    if max_subjects is None or max_subjects >= len(kept):
+        return kept
+    if max_subjects < 1:
+        raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
+    drawn = kept[:]
+    random.Random(f"{seed} select").shuffle(drawn)
+    groups = {split: [s for s in drawn if meta_split.get(s.name, "train") == split] for split in SPLITS}
+    # taking the least served split first gives each its share and its first subject early
+    taken: list[Subject] = []
+    shares = {split: 0 for split in SPLITS if groups[split]}
+    while len(taken) < max_subjects:
+        split = min(shares, key=lambda name: (shares[name] + 0.5 if shares[name] else 0) / len(groups[name]))
+        if shares[split] < len(groups[split]):
+            taken.append(groups[split][shares[split]])
+            shares[split] += 1
+        else:
+            del shares[split]
+    return sorted(taken, key=lambda subject: subject.name)
+
+
+def make_split(slices: Mapping[str, int], meta_split: Mapping[str, str], seed: int = 0) -> Split:
+    """Split subjects (name -> number of slices) by subject.
+
+    `meta_split` decides where it says; who is not in it trains. Without validation subjects a seeded tenth of train
+    (at least one) validates; without test subjects the validation subjects are the test. A single subject is cut into
+    slabs of SLAB_SLICES slices, in turn for training and for validation and test.
+    """
+    names = sorted(slices)
+    if not names:
+        raise SegkitError("no subject to split: none could be staged")
+    if len(names) == 1:
+        return _split_into_slabs(names[0], slices[names[0]])
+    by_split = {split: [name for name in names if meta_split.get(name, "train") == split] for split in SPLITS}
+    source = "meta.csv" if any(name in meta_split for name in names) else f"drawn with seed {seed}"
+    if not by_split["train"]:
+        raise SegkitError(f"meta.csv gives none of the {len(names)} subjects to train; raise MAX_SUBJECTS")
+    if not by_split["val"]:
+        if len(by_split["train"]) == 1:
+            by_split["val"] = by_split["test"]
+            source += "; no subject left for validation: the test subjects validate"
+        else:
+            drawn = by_split["train"][:]
+            random.Random(f"{seed} split").shuffle(drawn)
+            by_split["val"] = sorted(drawn[: max(1, round(len(drawn) / 10))])
+            by_split["train"] = sorted(set(by_split["train"]) - set(by_split["val"]))
+            source += f"; validation drawn from train with seed {seed}"
+    if not by_split["test"]:
+        by_split["test"] = by_split["val"]
+        source += "; no test subjects: the validation subjects are the test"
+    return Split(*[tuple(Part(name) for name in by_split[split]) for split in SPLITS], source=source)
+
+
+def _split_into_slabs(name: str, slices: int) -> Split:
+    slabs = [(start, min(start + SLAB_SLICES, slices)) for start in range(0, slices, SLAB_SLICES)]
+    if len(slabs) < 2:
+        raise SegkitError(
+            f"subject {name} is the only one and has {slices} slices: too few to train on some and validate on others; "
+            f"give at least two subjects, or one with more than {SLAB_SLICES} slices"
+        )
+    train, held_out = (Part(name, tuple(slabs[first::2])) for first in (0, 1))
+    source = f"one subject: slabs of {SLAB_SLICES} slices, in turn for training and for validation and test"
+    return Split((train,), (held_out,), (held_out,), source)

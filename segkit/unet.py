@@ -1,0 +1,74 @@
+"""The 2D U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597), padded, with batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from segkit.errors import SegkitError
+
+
+class DoubleConv(nn.Sequential):
+    """(3 x 3 convolution -> batch normalisation -> ReLU) twice."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        layers: list[nn.Module] = []
+        for inputs in (in_channels, out_channels):
+            layers += [
+                nn.Conv2d(inputs, out_channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers)
+
+
+class Up(nn.Module):
+    """Doubles the size, joins the skip connection, convolves."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.enlarge = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.convolve = DoubleConv(2 * out_channels, out_channels)
+
+    def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.convolve(torch.cat([skip, self.enlarge(below)], 1))
+
+
+class UNet2D(nn.Module):
+    """Images (B, in_channels, H, W) -> logits (B, out_channels, H, W), one independent channel a structure.
+
+    features: channels of the encoder's levels; the bottleneck has twice the last. H and W are multiples of
+    2 ** len(features), 16 for the four levels of the default. A sigmoid of a logit is the channel's probability.
+    """
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 117, features: Sequence[int] = (32, 64, 128, 256)):
+        super().__init__()
+        if not features or min(features) < 1 or out_channels < 1 or in_channels < 1:
+            raise SegkitError(
+                f"FEATURES = {tuple(features)}, {in_channels} -> {out_channels} channels: expected 1 or more"
+            )
+        widths = (*features, 2 * features[-1])
+        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip((in_channels, *features), features, strict=False))
+        self.pool = nn.MaxPool2d(2)
+        self.bottleneck = DoubleConv(features[-1], widths[-1])
+        self.up = nn.ModuleList(Up(b, a) for a, b in reversed(list(zip(features, widths[1:], strict=True))))
+        self.head = nn.Conv2d(features[0], out_channels, 1)
+
+    def decode(self, images: torch.Tensor) -> torch.Tensor:
+        """The last feature maps before the head: (B, features[0], H, W)."""
+        step = 2 ** len(self.down)
+        if images.shape[-1] % step or images.shape[-2] % step:
+            raise SegkitError(f"images of {tuple(images.shape[-2:])} pixels: expected multiples of {step}")
+        x, skips = images, []
+        for level in self.down:
+            skips.append(level(x))
+            x = self.pool(skips[-1])
+        x = self.bottleneck(x)
+        for level, skip in zip(self.up, reversed(skips), strict=True):
+            x = level(x, skip)
+        return x
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.decode(images))

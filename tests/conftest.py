@@ -1,0 +1,59 @@
+"""What the tests share: the real torso, a small phantom data set, and subjects written by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segkit import dataset, phantom
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = Path(os.environ.get("SEGKIT_REAL_DATA", ROOT.parent / "shared" / "data"))
+CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
+
+
+@pytest.fixture(scope="session")
+def torso_dir() -> Path:
+    """The folder that holds the real torso, s0000; skips where the real data are not at hand."""
+    folder = REAL_DATA / "torso"
+    if not (folder / "s0000" / "ct.nii.gz").is_file():
+        pytest.skip(f"no real torso in {folder}: set SEGKIT_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory) -> Path:
+    """Five small phantoms with meta.csv: every orientation and overlap that phantoms have, in seconds."""
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    phantom.write_phantoms(folder, 5, seed=1, detail=0.4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_data(phantom_dir, tmp_path_factory) -> dataset.Data:
+    """The small phantoms, staged."""
+    return dataset.open_data(phantom_dir, tmp_path_factory.mktemp("stage"), progress=False)
+
+
+def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Write a volume with nibabel, not with segkit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume, np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine), path)
+    return path
+
+
+def write_subject(folder: Path, masks: dict[str, np.ndarray], ct: np.ndarray | None = None, affine=None) -> Path:
+    """A subject folder from arrays (i, j, k)."""
+    shape = next(iter(masks.values())).shape
+    volume = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16) if ct is None else ct
+    write_nifti(folder / "ct.nii.gz", volume, affine)
+    for name, mask in masks.items():
+        write_nifti(folder / "segmentations" / f"{name}.nii.gz", mask.astype(np.uint8), affine)
+    return folder

@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def segkit(*arguments, cwd, ok=True):
+    """Run `python -m segkit` as a user does; its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "segkit", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", ["", "phantom", "stage", "train", "evaluate", "demo", "check"])
+def test_help_explains_every_verb_and_flag(verb):
+    text = segkit(*([verb] if verb else []), "--help", cwd=ROOT)
+    assert "usage: python -m segkit" in text
+    if not verb:
+        assert all(name in text for name in ("phantom", "stage", "train", "evaluate", "demo", "check"))
+
+
+def test_the_verbs_one_after_the_other(tmp_path):
+    segkit("phantom", "data", "--subjects", 4, "--seed", 2, "--detail", 0.35, cwd=tmp_path)
+    out = segkit("stage", "data", cwd=tmp_path)
+    assert "4 subjects, 117 structures" in out and "split: meta.csv" in out
+    segkit(
+        "train", "data", "--epochs", 1, "--target-shape", 32, 32, "--features", 4, 8, "--slices-per-epoch", 16,
+        "--validation-slices", 8, "--device", "cpu", cwd=tmp_path,
+    )  # fmt: skip
+    out = segkit("evaluate", "--max-subjects", 1, "--device", "cpu", cwd=tmp_path)
+    assert "macro Dice" in out and "through TARGET_SHAPE and back" in out
+    outputs = tmp_path / "outputs"
+    for pattern in (
+        "checkpoint_epoch1.pth", "training_history.png", "evaluation_results_*.csv", "evaluation_summary_*.json",
+        "metrics_distribution_*.png", "structure_ranking_*.png", "success_rates_*.png",
+        "segmentation_visualization_*.png", "3d_s000?_*.html",
+    ):  # fmt: skip
+        assert len(list(outputs.glob(pattern))) == 1, pattern
+    summary = json.loads(next(outputs.glob("evaluation_summary_*.json")).read_text())
+    assert summary["split"] == "test" and summary["prediction"]["subjects"] == 1
+
+
+def test_errors_are_one_line_with_exit_code_one(tmp_path):
+    assert "segkit: nowhere: no such folder" in segkit("stage", "nowhere", cwd=tmp_path, ok=False)
+    assert "TARGET_SHAPE" in segkit("train", "--target-shape", 10, 10, cwd=tmp_path, ok=False)
+    assert "no training run" in segkit("evaluate", cwd=tmp_path, ok=False)
+    assert not (tmp_path / "outputs").exists()

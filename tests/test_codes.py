@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkit.codes import CodeVolume, CodeWriter, codebook_from_json, codebook_to_json, encode, smallest_dtype
+from segkit.errors import SegkitError
+
+
+def test_codes_worked_out_by_hand():
+    a, b = np.array([1, 1, 0, 0]), np.array([0, 4, 4, 0])
+    volume = encode([("a", a), ("b", b), ("absent", np.zeros(4))], (4,))
+    # 0 background, 1 {a}, 2 {b}, 3 {a, b}: single structures first, in the order of the columns
+    assert volume.codes.tolist() == [1, 3, 2, 0] and volume.codes.dtype == np.uint8
+    assert volume.codebook.tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
+    assert volume.voxels() == {"a": 2, "b": 2, "absent": 0}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0, 1), st.sampled_from("CF"))
+def test_every_mask_comes_back_bit_for_bit(seed, structures, density, order):
+    random = np.random.default_rng(seed)
+    shape = tuple(random.integers(1, 6, 3))
+    masks = {f"s{i}": np.asarray(random.random(shape) < density, order=order) for i in range(structures)}
+    volume = encode(masks.items(), shape, order)
+    assert volume.codes.shape == shape and not volume.codebook[0].any()
+    assert len(np.unique(volume.codebook, axis=0)) == len(volume.codebook)
+    assert set(np.unique(volume.codes)) | {0} == set(range(len(volume.codebook)))
+    for name, mask in masks.items():
+        assert np.array_equal(volume.mask(name), mask)
+        assert volume.voxels()[name] == mask.sum()
+
+
+def test_more_sets_than_a_byte_or_two_bytes_hold():
+    numbers = np.arange(70_000)
+    masks = [(f"bit{i}", (numbers >> i) & 1) for i in range(17)]
+    volume = encode(masks, (70_000,))
+    assert volume.codes.dtype == np.uint32 and len(volume.codebook) == 70_000
+    assert all(np.array_equal(volume.mask(name), mask > 0) for name, mask in masks)
+    assert encode([(n, m[:300]) for n, m in masks], (300,)).codes.dtype == np.uint16
+    assert [smallest_dtype(n) for n in (256, 257, 65536, 65537)] == [np.uint8, np.uint16, np.uint16, np.uint32]
+
+
+def test_masks_of_another_shape_and_doubled_names_are_refused():
+    with pytest.raises(SegkitError, match="'b'"):
+        encode([("a", np.zeros((2, 2))), ("b", np.zeros((2, 3)))], (2, 2))
+    with pytest.raises(SegkitError, match="'a'"):
+        encode([("a", np.zeros(2)), ("a", np.zeros(2))], (2,))
+
+
+def test_pieces_put_together_equal_the_whole():
+    random = np.random.default_rng(3)
+    names = ("a", "b", "c")
+    masks = random.random((3, 6, 5)) < 0.4
+    writer = CodeWriter(names)
+    pieces = []
+    for row in range(6):
+        there = [i for i in range(3) if masks[i, row].any()]
+        pieces.append(writer.add(encode([(names[i], masks[i, row]) for i in there], (5,))))
+    whole = writer.finish(np.stack(pieces))
+    direct = encode(zip(names, masks, strict=True), (6, 5))
+    assert np.array_equal(whole.codes, direct.codes) and np.array_equal(whole.codebook, direct.codebook)
+
+
+def test_on_channels_maps_names_and_says_what_is_annotated():
+    volume = CodeVolume(np.array([1]), np.array([[0, 0], [1, 1]], bool), ("liver", "mine"))
+    table, annotated = volume.on_channels({"spleen": 0, "liver": 1})
+    assert table.tolist() == [[False, False], [False, True]] and annotated.tolist() == [False, True]
+    with pytest.raises(SegkitError, match="spleen"):
+        volume.mask("spleen")
+
+
+def test_codebook_through_json():
+    volume = encode([("a", np.array([1, 1, 0])), ("b", np.array([0, 1, 0]))], (3,))
+    content = json.loads(json.dumps(codebook_to_json(volume)))
+    back = codebook_from_json(content, volume.codes, "here")
+    assert back.structures == volume.structures and np.array_equal(back.codebook, volume.codebook)
+    for damaged in ({}, {"structures": ["a"], "codebook": [[], [5]]}, {"structures": 3, "codebook": []}):
+        with pytest.raises(SegkitError, match="here"):
+            codebook_from_json(damaged, volume.codes, "here")

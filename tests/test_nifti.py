@@ -1,0 +1,130 @@
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import write_nifti
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkit.errors import SubjectError
+from segkit.formats.nifti import Grid, read_volume, write_volume
+
+
+def random_grid(seed: int) -> tuple[np.ndarray, Grid]:
+    """A volume on an affine with any axis order, flips, unequal spacing and a tilt of some degrees."""
+    random = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in random.integers(2, 7, 3))
+    axes = np.eye(3)[random.permutation(3)] * random.choice([-1, 1], 3)
+    angle = np.deg2rad(random.uniform(-20, 20))
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ axes @ np.diag(random.uniform(0.5, 5, 3))
+    affine[:3, 3] = random.uniform(-200, 200, 3)
+    return random.integers(-1000, 1000, shape).astype(np.int16), Grid(shape, affine)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_canonical_agrees_with_nibabel_and_the_way_back_is_exact(seed):
+    volume, grid = random_grid(seed)
+    reference = nib.as_closest_canonical(nib.Nifti1Image(volume, grid.affine))
+    canonical = grid.to_canonical(volume)
+    assert np.array_equal(canonical, np.asarray(reference.dataobj).transpose(2, 1, 0))
+    assert np.allclose(grid.canonical_affine, reference.affine)
+    assert np.allclose(grid.spacing_mm, reference.header.get_zooms()[::-1], rtol=1e-5)
+    assert np.array_equal(grid.from_canonical(canonical), volume)
+
+
+def test_a_marked_voxel_is_found_at_its_place_in_the_body():
+    # LPI file: the first axis grows to the left, the second to the back, the third to the feet
+    volume = np.zeros((4, 5, 6), np.int16)
+    volume[0, 0, 0] = 1  # the most right, most anterior, most superior voxel
+    grid = Grid(volume.shape, np.diag([-2.0, -2.0, -3.0, 1.0]))
+    assert grid.orientation == "LPI"
+    assert np.argwhere(grid.to_canonical(volume)).tolist() == [[5, 4, 3]]  # head, front, right
+
+
+def test_distance_between_grids_by_hand():
+    grid = Grid((3, 3, 3), np.diag([1.0, 1.0, 2.0, 1.0]))
+    moved = grid.affine.copy()
+    moved[:3, 3] += [3, 0, 4]
+    assert grid.distance_mm(Grid((3, 3, 3), moved)) == pytest.approx(5)
+    wider = Grid((3, 3, 3), np.diag([1.0, 1.0, 2.5, 1.0]))
+    assert grid.distance_mm(wider) == pytest.approx(1)  # two steps of 0.5 mm more
+    assert grid.distance_mm(Grid((3, 3, 4), grid.affine)) == np.inf
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, ">i2", np.float64, np.int32])
+def test_reads_what_nibabel_wrote(tmp_path, dtype):
+    volume = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    path = write_nifti(tmp_path / "a.nii.gz", volume)
+    read, grid = read_volume(path, "s1")
+    assert np.array_equal(read, volume) and grid.shape == (2, 3, 4) and grid.spacing_mm == (3, 2, 2)
+
+
+def test_reads_scaled_four_dimensional_nifti2_and_multi_member_files(tmp_path):
+    volume = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
+    image = nib.Nifti2Image(volume, np.eye(4))
+    image.header.set_slope_inter(2, -1000)
+    nib.save(image, tmp_path / "a.nii.gz")
+    read, _ = read_volume(tmp_path / "a.nii.gz", "s1")
+    assert np.array_equal(read, np.asanyarray(nib.load(tmp_path / "a.nii.gz").dataobj)[..., 0])
+    raw = write_nifti(tmp_path / "b.nii", np.ones((5, 6, 7), np.uint8)).read_bytes()
+    (tmp_path / "c.nii.gz").write_bytes(gzip.compress(raw[:300]) + gzip.compress(raw[300:]))
+    assert read_volume(tmp_path / "c.nii.gz", "s1")[0].sum() == 210
+
+
+def test_write_then_nibabel_reads_the_same(tmp_path):
+    volume, grid = random_grid(5)
+    write_volume(tmp_path / "out.nii.gz", volume, grid)
+    back = nib.load(tmp_path / "out.nii.gz")
+    assert np.array_equal(np.asanyarray(back.dataobj), volume)
+    assert np.allclose(back.affine, grid.affine, atol=1e-4) and [p.name for p in tmp_path.iterdir()] == ["out.nii.gz"]
+
+
+def huge(path):
+    raw = bytearray(write_nifti(path.parent / "small.nii", np.ones((4, 4, 4), np.int16)).read_bytes())
+    raw[42:48] = np.array([32000, 32000, 32000], "<i2").tobytes()  # dim[1..3] of the header
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def singular(path):
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    image = nib.Nifti1Image(np.ones((4, 4, 4), np.int16), affine)
+    image.header["sform_code"], image.header["qform_code"] = 1, 0
+    image.header["srow_x"] = 0
+    path.write_bytes(gzip.compress(image.header.binaryblock + bytes(4) + bytes(128)))
+
+
+DAMAGE = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "a folder": lambda path: path.mkdir(),
+    "not gzip": lambda path: path.write_bytes(b"hello" * 100),
+    "gzip of nonsense": lambda path: path.write_bytes(gzip.compress(b"hello" * 100)),
+    "cut short": lambda path: (write_nifti(path, np.random.default_rng(0).integers(0, 99, (9, 9, 9)).astype(np.int16)),
+                               path.write_bytes(path.read_bytes()[:-300])),
+    "header without data": lambda path: path.write_bytes(
+        gzip.compress(nib.Nifti1Image(np.ones((9, 9, 9), np.int16), np.eye(4)).to_bytes()[:352])),
+    "a corrupt byte": lambda path: (write_nifti(path, np.random.default_rng(0).integers(0, 99, (9, 9, 9), np.int16)),
+                                    path.write_bytes(flip(path.read_bytes()))),
+    "huge dimensions": huge,
+    "four dimensions": lambda path: write_nifti(path, np.ones((3, 3, 3, 2), np.int16)),
+    "two dimensions": lambda path: write_nifti(path, np.ones((3, 3), np.int16)),
+    "complex numbers": lambda path: write_nifti(path, np.ones((3, 3, 3), np.complex64)),
+    "no place in space": singular,
+}  # fmt: skip
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_named_with_their_subject(tmp_path, damage):
+    path = tmp_path / "ct.nii.gz"
+    DAMAGE[damage](path)
+    with pytest.raises(SubjectError, match=r"subject s7: .*ct\.nii\.gz"):
+        read_volume(path, "s7")

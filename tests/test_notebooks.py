@@ -1,0 +1,91 @@
+"""Both notebooks run as they are, on phantoms without a path and on the real torso, with every file they promise."""
+
+import ast
+import json
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = ("train_unet", "segmentation_detection_analysis")
+QUICK = {
+    "EPOCHS": 1, "TARGET_SHAPE": [32, 32], "FEATURES": [4, 8], "SLICES_PER_EPOCH": 16, "VALIDATION_SLICES": 8,
+    "DEVICE": "cpu", "JOBS": 1,
+}  # fmt: skip
+FILES = (
+    "label_map.json", "checkpoint_epoch1.pth", "training_history.json", "training_history.png",
+    "evaluation_results_*.csv", "metrics_distribution_*.png", "structure_ranking_*.png",
+    "segmentation_visualization_*.png", "3d_*_*.html",
+)  # fmt: skip
+
+
+def run(name, output_dir, **parameters):
+    """Execute a notebook through papermill in a folder that is not the project's root; returns the executed one."""
+    target = output_dir / f"{name}_executed.ipynb"
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / f"{name}.ipynb"), str(target), {"OUTPUT_DIR": str(output_dir), **parameters},
+        cwd=str(ROOT / "notebooks"), kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    return nbformat.read(target, 4)
+
+
+def printed(notebook) -> str:
+    return "".join(
+        o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"
+    )
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_without_outputs_with_one_configuration_cell_and_short_cells(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    [configuration] = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    # nothing derived: every line is a literal, so that papermill can replace any of them
+    values = ast.parse(configuration.source).body
+    assert all(isinstance(line, ast.Assign) for line in values)
+    assert [ast.literal_eval(line.value) for line in values]
+    assert all(cell.source.count("\n") <= 25 for cell in code)
+    headings = [
+        c.source.splitlines()[0] for c in notebook.cells if c.cell_type == "markdown" and c.source.startswith("## ")
+    ]
+    assert [int(h.split()[1].rstrip(".")) for h in headings] == list(range(1, len(headings) + 1))
+
+
+def test_the_configuration_has_the_defaults_that_the_readme_states():
+    source = next(
+        cell.source for cell in nbformat.read(ROOT / "notebooks" / "train_unet.ipynb", 4).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    )  # fmt: skip
+    values = {}
+    exec(source, values)
+    expected = {"DATA_DIR": None, "EPOCHS": 5, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3, "TARGET_SHAPE": (256, 256),
+                "FEATURES": (32, 64, 128, 256)}  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_without_data_both_notebooks_run_on_phantoms_and_say_so(tmp_path):
+    trained = run("train_unet", tmp_path, PHANTOM_SUBJECTS=3, PHANTOM_DETAIL=0.35, **QUICK)
+    assert "DATA_DIR is None: working on synthetic CT subjects" in printed(trained)
+    assert "epoch 1/1: loss" in printed(trained)
+    judged = run("segmentation_detection_analysis", tmp_path, DEVICE="cpu", JOBS=1)
+    assert "macro Dice" in printed(judged)
+    for pattern in FILES:
+        assert len(list(tmp_path.glob(pattern))) == 1, pattern
+    shown = [output.get("data", {}) for cell in judged.cells for output in cell.get("outputs", [])]
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+
+
+def test_on_the_real_torso(torso_dir, tmp_path):
+    run("train_unet", tmp_path, DATA_DIR=str(torso_dir), **{**QUICK, "EPOCHS": 2})
+    run("segmentation_detection_analysis", tmp_path, DEVICE="cpu", JOBS=1)
+    for pattern in FILES:
+        assert len(list(tmp_path.glob(pattern))) == 1, pattern
+    scores = pd.read_csv(next(tmp_path.glob("evaluation_results_*.csv")))
+    assert set(scores["split"]) == {"test"} and len(scores) == 117
+    # 61 structures are in the scan, some of them only in slabs that train
+    assert 55 <= scores["present"].sum() <= 61
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert "one subject: slabs" in split["source"] and split["data_dir"] == str(torso_dir.resolve())

@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import write_subject
+
+from segkit import dataset, runs
+from segkit.errors import SegkitError
+from segkit.subjects import Part
+
+
+def test_the_root_is_found_from_anywhere_inside(tmp_path, monkeypatch):
+    for folder in ("notebooks", "segkit/formats"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert runs.project_root(tmp_path / "notebooks") == runs.project_root(tmp_path / "segkit/formats") == tmp_path
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert runs.resolve("outputs") == tmp_path / "outputs" and runs.resolve("/abs") == runs.Path("/abs")
+
+
+def test_a_new_run_moves_the_older_ones_files_and_keeps_what_runs_share(tmp_path):
+    for name in ("checkpoint_epoch1.pth", "label_map.json", "3d_s0000_x.html", "staged/s0000/ct.b2nd",
+                 "predictions/s0000.json", "phantoms_3_seed0/meta.csv", "mine.txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("first")
+    runs.start_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "phantoms_3_seed0", "runs", "staged"]
+    [first] = (tmp_path / "runs").iterdir()
+    assert sorted(p.name for p in first.iterdir()) == [
+        "3d_s0000_x.html", "checkpoint_epoch1.pth", "label_map.json", "predictions"
+    ]  # fmt: skip
+    for _ in range(2):
+        (tmp_path / "label_map.json").write_text("second")
+        runs.start_run(tmp_path)
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    runs.start_run(tmp_path)
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SegkitError, match="file"):
+        runs.start_run(tmp_path / "file" / "out")
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    path = runs.write_json(
+        tmp_path / "a.json", {"shape": [1, 2, 3], "text": "two  spaces [ ]", "nested": [[1], [2, 3]]}
+    )
+    assert json.loads(path.read_text()) == {"shape": [1, 2, 3], "text": "two  spaces [ ]", "nested": [[1], [2, 3]]}
+    assert '"shape": [ 1, 2, 3 ]' in path.read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        runs.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text())["shape"] == [1, 2, 3] and list(tmp_path.iterdir()) == [path]
+
+
+def test_phantoms_are_made_once_and_whole(tmp_path, monkeypatch):
+    folder = dataset.phantoms_in(tmp_path, 2, seed=5, detail=0.3, progress=False)
+    assert (folder / "meta.csv").is_file() and len(list(folder.glob("s*/ct.nii.gz"))) == 2
+    monkeypatch.setattr(dataset, "write_phantoms", lambda *a, **k: pytest.fail("made again"))
+    assert dataset.phantoms_in(tmp_path, 2, seed=5, detail=0.3, progress=False) == folder
+
+    def interrupted(draft, *args, **kwargs):
+        draft.mkdir(parents=True)
+        (draft / "meta.csv").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "write_phantoms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.phantoms_in(tmp_path, 3, seed=5, detail=0.3, progress=False)
+    assert not (tmp_path / "phantoms_3_seed5_detail0.3").exists()
+
+
+def test_open_data_discovers_what_is_there(phantom_data):
+    assert len(phantom_data.label_map) == 117 and len(phantom_data.staged) == 5
+    overview = phantom_data.overview()
+    assert sorted(overview["split"]) == ["test", "train", "train", "train", "val"]
+    assert (overview["annotated"] == 117).all() and (overview["slices"] > 10).all()
+    first = phantom_data.split.test[0]
+    assert phantom_data.test_part() == phantom_data.test_part(first.subject) == first
+    with pytest.raises(SegkitError, match="no test subject"):
+        phantom_data.test_part("nobody")
+
+
+def run_of(data, folder):
+    runs.write_json(folder / "label_map.json", data.label_map)
+    runs.write_json(folder / "split.json", {"data_dir": str(data.folder), **data.split.to_json()})
+
+
+def test_open_run_takes_the_split_that_training_wrote(phantom_data, tmp_path):
+    run_of(phantom_data, tmp_path)
+    data = dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+    assert data.split == phantom_data.split and set(data.staged) == {part.subject for part in data.split.test}
+
+
+def test_open_run_on_another_data_set_takes_all_of_it(phantom_data, tmp_path):
+    run_of(phantom_data, tmp_path)
+    for name in ("x1", "x2", "x3"):
+        write_subject(tmp_path / "other" / name, {"liver": np.ones((3, 3, 3))})
+    data = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "other", max_subjects=2, progress=False)
+    assert data.split.test == (Part("x1"), Part("x2")) and data.label_map == phantom_data.label_map
+
+
+def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
+    with pytest.raises(SegkitError, match=r"label_map\.json is missing: no training run"):
+        dataset.open_run(tmp_path, tmp_path / "staged")
+    run_of(phantom_data, tmp_path)
+    content = json.loads((tmp_path / "split.json").read_text())
+    content["test"].append({"subject": "s9999", "slabs": None})
+    runs.write_json(tmp_path / "split.json", content)
+    with pytest.raises(SegkitError, match=r"split\.json are missing: s9999"):
+        dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+    (tmp_path / "split.json").write_text("[]")
+    with pytest.raises(SegkitError, match=r"split\.json: damaged"):
+        dataset.open_run(tmp_path, tmp_path / "staged", progress=False)

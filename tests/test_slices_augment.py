@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkit import augment
+from segkit.augment import NO_AUGMENTATION, Augmentation, draw, normalize, to_network
+from segkit.errors import SegkitError
+from segkit.inference import to_own_grid
+from segkit.slices import AIR_HU, SliceBatch, SliceDataset, batches, collate, epoch_order
+from segkit.subjects import Part
+
+
+def one_batch(hu: np.ndarray, codes: np.ndarray | None = None, spacing=(1.0, 1.0), codebook=None) -> SliceBatch:
+    """A batch of one slice (y, x)."""
+    codebook = torch.tensor([[0], [1]], dtype=torch.bool) if codebook is None else codebook
+    item = {
+        "hu": torch.from_numpy(hu.astype(np.int16)),
+        "codes": torch.from_numpy((np.zeros(hu.shape) if codes is None else codes).astype(np.int32)),
+        "spacing_mm": spacing,
+        "codebook": codebook,
+        "annotated": torch.ones(codebook.shape[1], dtype=torch.bool),
+    }
+    return collate([(0, item)])
+
+
+def test_batches_hold_the_slices_of_their_subjects_padded_with_air(phantom_data):
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+    order = epoch_order(len(data), seed=0, epoch=1)[:7]
+    batch = next(iter(batches(data, order, 7)))
+    assert batch.hu.dtype == torch.int16 and len({tuple(size) for size in batch.sizes.tolist()}) > 1
+    for place, index in enumerate(order):
+        name, z = data.where[index]
+        subject = phantom_data.staged[name]
+        y, x = subject.shape[1:]
+        assert np.array_equal(batch.hu[place, :y, :x], subject.hu(z))
+        assert (batch.hu[place, y:] == AIR_HU).all() and (batch.codes[place, :, x:] == 0).all()
+        planes = batch.codebook[place][batch.codes[place, :y, :x].long()]
+        for structure in ("liver", "vertebrae_L1", "lung_upper_lobe_left"):
+            expected = subject.labels(z).mask(structure)
+            assert np.array_equal(planes[..., phantom_data.label_map[structure]], expected)
+
+
+def test_workers_read_the_same_batches(phantom_data):
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+    here, there = ([batch.codes for batch in batches(data, [3, 50, 20, 7], 2, workers)] for workers in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
+    assert sorted(epoch_order(10, 0, 1)) == list(range(10))
+    assert epoch_order(50, 0, 1) == epoch_order(50, 0, 1) != epoch_order(50, 0, 2)
+    assert len(set(epoch_order(50, 0, 1, 20))) == 20
+    twice = epoch_order(5, 1, 1, 13)
+    assert len(twice) == 13 and sorted(twice[:5]) == sorted(twice[5:10]) == list(range(5))
+
+
+def test_not_annotated_channels_are_known_to_the_batch(phantom_data):
+    label_map = {"liver": 0, "my_own": 1}
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, label_map)
+    batch = collate([(0, data[30])])
+    assert batch.annotated.tolist() == [[True, False]] and not batch.codebook[0, :, 1].any()
+
+
+def test_a_slice_of_the_target_shape_passes_unchanged():
+    hu = np.random.default_rng(0).integers(-900, 900, (32, 48))
+    codes = np.random.default_rng(1).integers(0, 2, (32, 48))
+    image, targets = to_network(one_batch(hu, codes, (2.0, 2.0)), (32, 48))
+    assert torch.allclose(image[0, 0], torch.from_numpy(hu / 250).float(), atol=1e-5)
+    assert torch.equal(targets.codes[0], torch.from_numpy(codes))
+
+
+def test_fitting_keeps_the_aspect_ratio_in_mm_and_pads_with_air():
+    # 20 rows of 3 mm by 30 columns of 1 mm: 60 x 30 mm, into 64 x 64: the pixel is 60 / 64 mm, 32 columns wide
+    codes = np.ones((20, 30))
+    image, targets = to_network(one_batch(np.zeros((20, 30)), codes, (3.0, 1.0)), (64, 64))
+    inside = targets.codes[0] == 1
+    assert inside.sum(0).max() == 64 and inside.sum(1).max() == 32
+    assert inside[:, 16:48].all() and not inside[:, :16].any() and not inside[:, 48:].any()
+    assert torch.allclose(image[0, 0, :, 0], torch.tensor(-4.0)) and torch.allclose(
+        image[0, 0, 32, 32], torch.tensor(0.0)
+    )
+
+
+def test_shrinking_averages_instead_of_stepping_over():
+    # a checkerboard of single pixels has the mean 0 everywhere, whatever pixel is taken alone
+    checkerboard = np.where(np.indices((128, 128)).sum(0) % 2, 200, -200)
+    image, _ = to_network(one_batch(checkerboard), (32, 32))
+    assert image.abs().max() < 0.01
+
+
+def test_padding_of_the_batch_does_not_move_a_slice():
+    hu = np.random.default_rng(0).integers(-900, 900, (40, 30))
+    small = one_batch(hu, hu > 0, (1.5, 2.5))
+    item = {
+        "hu": small.hu[0],
+        "codes": small.codes[0],
+        "spacing_mm": (1.5, 2.5),
+        "codebook": small.codebook[0],
+        "annotated": small.annotated[0],
+    }
+    other = {**item, "hu": torch.zeros(60, 40, dtype=torch.int16), "codes": torch.zeros(60, 40, dtype=torch.int32)}
+    alone, alone_targets = to_network(small, (64, 64))
+    padded, padded_targets = to_network(collate([(0, item), (1, other)]), (64, 64))
+    assert torch.allclose(alone[0], padded[0], atol=1e-4)
+    assert torch.equal(alone_targets.codes[0], padded_targets.codes[0])
+
+
+def test_rotation_by_hand():
+    # rotated by 90 degrees: what lay in front (low row) of the centre comes to a side, the corner pattern turns once
+    codes = np.zeros((32, 32))
+    codes[4:8, 14:18] = 1
+    variation = draw(NO_AUGMENTATION, 0, 0, [0])
+    turned = augment.Variation(
+        torch.tensor([[[0.0, -1.0], [1.0, 0.0]]]), variation.shift, variation.mirrored, variation.intensity, (0,)
+    )
+    _, targets = to_network(one_batch(codes, codes), (32, 32), turned)
+    # target (y, x) samples source (-x, y): the block at source rows -12..-8, columns -2..2 appears at columns 8..12
+    assert np.argwhere(targets.codes[0].numpy()).min(0).tolist() == [14, 24]
+    assert np.argwhere(targets.codes[0].numpy()).max(0).tolist() == [17, 27]
+
+
+def test_mirroring_moves_the_image_and_swaps_partners():
+    table = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    codes = np.zeros((32, 32))
+    codes[10:20, 2:6], codes[10:20, 14:18], codes[0:3, 20:22] = 1, 2, 3
+    batch = one_batch(codes * 100, codes, codebook=table)
+    flips = Augmentation(0, 0, 0, True, 0, 0, 0)
+    number = next(n for n in range(50) if bool(draw(flips, 0, 0, [n]).mirrored[0]))
+    partners = [1, 0, 2, None]  # left, right, middle, a side without its partner
+    image, targets = to_network(batch, (32, 32), draw(flips, 0, 0, [number]), partners)
+    planes = targets.dense()[0]
+    assert torch.equal(planes[1], torch.from_numpy(codes == 1).flip(1)) and not planes[0].any()
+    assert torch.equal(planes[2], torch.from_numpy(codes == 2).flip(1))
+    assert targets.annotated.tolist() == [[True, True, True, False]] and not planes[3].any()
+    plain, _ = to_network(batch, (32, 32))
+    assert torch.allclose(image, plain.flip(3), atol=1e-5)
+    kept, kept_targets = to_network(batch, (32, 32), draw(NO_AUGMENTATION, 0, 0, [number]), partners)
+    assert torch.allclose(kept, plain, atol=1e-4) and torch.equal(kept_targets.codebook, batch.codebook)
+
+
+def test_augmentation_repeats_for_a_seed_whatever_the_batch():
+    numbers = [4, 9, 2]
+    together = draw(Augmentation(), 7, 3, numbers)
+    alone = draw(Augmentation(), 7, 3, [9])
+    assert torch.equal(together.matrix[1], alone.matrix[0]) and together.noise_seeds[1] == alone.noise_seeds[0]
+    assert torch.equal(together.intensity[1], alone.intensity[0])
+    assert not torch.equal(draw(Augmentation(), 7, 4, [9]).matrix, alone.matrix)
+    assert not torch.equal(draw(Augmentation(), 8, 3, [9]).matrix, alone.matrix)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31))
+def test_augmentation_stays_within_its_settings(seed):
+    s = Augmentation()
+    variation = draw(s, seed, 0, range(20))
+    size = variation.matrix.square().sum((1, 2)).div(2).sqrt()
+    assert (1 / size - 1).abs().max() <= s.scale + 1e-5
+    turn = torch.rad2deg(torch.atan2(variation.matrix[:, 1, 0], variation.matrix[:, 0, 0])).abs()
+    assert turn.max() <= s.rotation_degrees + 1e-3 and variation.shift.abs().max() <= s.shift
+    assert not variation.mirrored.any() and (variation.intensity[:, 2] <= s.noise_hu).all()
+
+
+def test_normalize_by_hand():
+    assert normalize(torch.tensor([-3000.0, -1000, 0, 250, 5000])).tolist() == [-4, -4, 0, 1, 4]
+
+
+@pytest.mark.parametrize("shape", [(100, 128), (0, 16), "big", 128, (128,), (16, 16, 16), None])
+def test_target_shapes_that_the_network_cannot_halve_are_refused(shape):
+    with pytest.raises(SegkitError, match="TARGET_SHAPE"):
+        augment.check_target_shape(shape)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(20, 70), st.integers(20, 70), st.floats(0.7, 5), st.floats(0.7, 5))
+def test_there_and_back_finds_every_pixel_at_its_place(rows, columns, y_mm, x_mm):
+    # a smooth plane through an upsampling grid and back is the plane again
+    y, x = np.mgrid[:rows, :columns]
+    plane = 10 * y - 7 * x
+    batch = one_batch(plane, spacing=(y_mm, x_mm))
+    image, _ = to_network(batch, (512, 512))
+    back = to_own_grid(image, batch)[0, 0] * 250
+    inner = (slice(2, -2), slice(2, -2))
+    assert back.shape == (rows, columns)
+    assert np.abs(back.numpy() - plane)[inner].max() < 4
+
+
+def test_single_slice_parts(phantom_data):
+    name = phantom_data.split.train[0].subject
+    data = SliceDataset(phantom_data.staged, [Part(name, ((3, 5), (9, 10)))], phantom_data.label_map)
+    assert data.where == [(name, 3), (name, 4), (name, 9)]

@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from segkit import training
+from segkit.augment import NO_AUGMENTATION
+from segkit.checkpoints import best_checkpoint, load_checkpoint
+from segkit.dataset import open_data
+from segkit.errors import SegkitError
+from segkit.evaluation import evaluate, summarize
+from segkit.inference import Predictor
+from segkit.slices import Targets
+from segkit.training import TrainSettings, train
+
+SMALL = TrainSettings(
+    epochs=2,
+    batch_size=4,
+    target_shape=(32, 32),
+    features=(4, 8),
+    slices_per_epoch=12,
+    validation_slices=10,
+    device="cpu",
+)
+
+
+def test_a_run_writes_what_the_readme_names(phantom_data, tmp_path):
+    seen = []
+    history = train(phantom_data, SMALL, tmp_path, on_epoch=lambda h: seen.append(len(h)), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "settings.json", "split.json",
+        "training_history.json",
+    ]  # fmt: skip
+    assert seen == [1, 2] and [row["steps"] for row in history] == [3, 3]
+    assert json.loads((tmp_path / "training_history.json").read_text())["epochs"] == history
+    assert json.loads((tmp_path / "label_map.json").read_text()) == phantom_data.label_map
+    assert history[0]["learning_rate"] == pytest.approx(1e-3)
+    assert history[1]["learning_rate"] == pytest.approx(1e-3 * 0.5**0.9)
+    assert json.loads((tmp_path / "settings.json").read_text())["target_shape"] == [32, 32]
+
+
+def test_the_same_seed_gives_the_same_weights(phantom_data, tmp_path):
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        settings = TrainSettings(**{**SMALL.__dict__, "epochs": 1, "seed": seed})
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        train(phantom_data, settings, folder, progress=False)
+        weights.append(load_checkpoint(folder / "checkpoint_epoch1.pth").model.head.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_it_learns_the_real_torso(torso_dir, tmp_path):
+    """A few large structures of a real scan, well above chance on slabs that were left out, in seconds."""
+    large = ["liver", "urinary_bladder", "autochthon_left", "gluteus_maximus_right"]
+    data = open_data(torso_dir, tmp_path / "staged", structures=large, progress=False)
+    settings = TrainSettings(
+        epochs=3, target_shape=(64, 64), features=(8, 16, 32, 32), slices_per_epoch=240, learning_rate=5e-3,
+        augmentation=NO_AUGMENTATION,
+    )  # fmt: skip
+    train(data, settings, tmp_path, progress=False)
+    best = load_checkpoint(best_checkpoint(tmp_path), data.label_map)
+    predictor = Predictor(best.model, best.label_map, best.target_shape)
+    scores = evaluate(predictor, data.staged, data.split.test, "test", progress=False)
+    summary = summarize(scores)
+    assert summary["structures"] == 4 and summary["macro_dice"] > 0.5
+
+
+def test_validation_counts_by_hand():
+    targets = Targets(
+        torch.tensor([[[0, 1], [2, 2]]]),
+        torch.tensor([[[0, 0, 0], [1, 0, 0], [1, 1, 0]]]).bool(),
+        torch.tensor([[True, True, False]]),
+    )
+    predicted = torch.tensor([[[[1, 1], [0, 0]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]]]).bool()
+    counts = training._count_slices(predicted, targets)[0]
+    assert counts.tolist() == [[1, 2, 0], [1, 0, 0], [2, 0, 0]]
+    # two subjects: structure 0 has Dice 0.5 and 1, structure 1 is held by one of them and missed, 2 by nobody
+    two = np.array([[[1, 0, 0], [1, 3, 0], [1, 0, 0]], [[2, 0, 0], [0, 0, 5], [0, 4, 0]]])
+    mean, number = training._macro_dice(two)
+    assert mean == pytest.approx((0.75 + 0) / 2) and number == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 2.5},
+        {"learning_rate": 0},
+        {"target_shape": (30, 32)},
+        {"positive_weight_cap": 0.5},
+        {"slices_per_epoch": 0},
+        {"learning_rate": float("nan")},
+    ],
+)
+def test_settings_that_make_no_sense_are_named(wrong):
+    with pytest.raises(SegkitError, match=next(iter(wrong)).upper()):
+        TrainSettings(**wrong).checked()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_slices_named(phantom_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Trainer, "_step", lambda *_: float("nan"))
+    with pytest.raises(SegkitError, match=r"epoch 1: the loss is nan at the slices \[\('s000"):
+        train(phantom_data, SMALL, tmp_path, progress=False)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_device_that_is_not_there_is_named(phantom_data, tmp_path):
+    with pytest.raises(SegkitError, match="DEVICE = 'cuda:77'"):
+        train(phantom_data, TrainSettings(device="cuda:77"), tmp_path, progress=False)

@@ -1,0 +1,161 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from segkit import losses
+from segkit.errors import SegkitError
+from segkit.losses import ModelWithLoss, head_bce_sum, positive_weights, start_bias, structure_frequencies
+from segkit.slices import Targets
+from segkit.unet import UNet2D
+
+
+def test_shapes_and_the_published_layout():
+    model = UNet2D()
+    assert [level[0].out_channels for level in model.down] == [32, 64, 128, 256]
+    assert model.bottleneck[0].out_channels == 512 and len(model.up) == 4 and model.head.out_channels == 117
+    with torch.no_grad():
+        assert model(torch.zeros(2, 1, 48, 32)).shape == (2, 117, 48, 32)
+        assert UNet2D(2, 3, (8, 16)).eval()(torch.zeros(1, 2, 20, 12)).shape == (1, 3, 20, 12)
+    # worked out by hand: two 3 x 3 convolutions and their normalisations per level, 2 x 2 transposed, 1 x 1 head
+    widths, count = [1, 32, 64, 128, 256, 512], 0
+    for a, b in pairwise(widths):
+        count += 9 * a * b + 9 * b * b + 4 * b
+    for a, b in pairwise(widths[1:]):
+        count += 4 * b * a + a + 9 * 2 * a * a + 9 * a * a + 4 * a
+    assert sum(p.numel() for p in model.parameters()) == count + 32 * 117 + 117
+
+
+def test_a_pixel_is_seen_from_afar_and_skips_are_used():
+    model = UNet2D(1, 1, (4, 4, 4, 4)).eval()
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 64, 64, requires_grad=True)
+    model(image)[0, 0, 32, 32].backward()
+    assert (image.grad[0, 0] != 0).nonzero().min() < 8
+
+
+@pytest.mark.parametrize("arguments", [{"features": ()}, {"features": (0,)}, {"out_channels": 0}, {"in_channels": 0}])
+def test_networks_without_channels_are_refused(arguments):
+    with pytest.raises(SegkitError):
+        UNet2D(**arguments)
+
+
+def test_sizes_that_cannot_be_halved_are_refused():
+    with pytest.raises(SegkitError, match="multiples of 16"):
+        UNet2D(features=(2, 2, 2, 2))(torch.zeros(1, 1, 40, 32))
+
+
+def random_case(seed: int, dtype=torch.float64):
+    """Features, head, targets with overlaps and channels that are not annotated, positive weights."""
+    g = torch.Generator().manual_seed(seed)
+    batch, channels, width, codes = (int(torch.randint(1, n, (), generator=g)) for n in (4, 9, 6, 7))
+    rows, columns = (int(n) for n in torch.randint(1, 9, (2,), generator=g))
+    table = torch.rand(batch, codes + 1, channels, generator=g) < 0.3
+    table[:, 0] = False
+    annotated = torch.rand(batch, channels, generator=g) < 0.7
+    annotated[0, 0] = True
+    targets = Targets(torch.randint(0, codes + 1, (batch, rows, columns), generator=g), table, annotated)
+    features = torch.randn(batch, width, rows, columns, generator=g, dtype=dtype, requires_grad=True)
+    torch.manual_seed(seed)
+    head = nn.Conv2d(width, channels, 1).to(dtype)
+    return features, head, targets, torch.rand(channels, generator=g, dtype=dtype) * 20 + 1
+
+
+def dense_loss(features, head, targets, weight):
+    """The reference: BCEWithLogitsLoss on dense planes, mean over what is annotated."""
+    loss = F.binary_cross_entropy_with_logits(
+        head(features), targets.dense().to(features.dtype), pos_weight=weight[:, None, None], reduction="none"
+    )
+    mask = targets.annotated[:, :, None, None].expand_as(loss)
+    return loss[mask].mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_chunked_head_equals_the_dense_reference_with_every_gradient(seed):
+    features, head, targets, weight = random_case(seed)
+    inputs = [features, head.weight, head.bias]
+    total, number = head_bce_sum(features, head, targets, weight)
+    expected = dense_loss(features, head, targets, weight)
+    assert torch.allclose(total / number, expected, rtol=1e-9)
+    ours, theirs = torch.autograd.grad(total / number, inputs), torch.autograd.grad(expected, inputs)
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8192])
+def test_the_size_of_the_chunks_changes_nothing(monkeypatch, chunk):
+    features, head, targets, weight = random_case(5)
+    expected = torch.autograd.grad(dense_loss(features, head, targets, weight), features)[0]
+    monkeypatch.setattr(losses, "CHUNK_PIXELS", chunk)
+    total, number = head_bce_sum(features, head, targets, weight)
+    assert torch.allclose(torch.autograd.grad(total / number, features)[0], expected, rtol=1e-9)
+
+
+def test_gradcheck():
+    features, head, targets, weight = random_case(11)
+
+    def loss(x, w, b):
+        replica = nn.Conv2d(*head.weight.shape[1::-1], 1).double()
+        replica.weight, replica.bias = nn.Parameter(w), nn.Parameter(b)
+        del replica.weight, replica.bias
+        replica.weight, replica.bias = w, b
+        return head_bce_sum(x, replica, targets, weight)[0]
+
+    assert torch.autograd.gradcheck(loss, (features, head.weight, head.bias))
+
+
+def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
+    features, head, targets, weight = random_case(3)
+    exact = dense_loss(features, head, targets, weight)
+    exact_gradient = torch.autograd.grad(exact, features)[0]
+    single = [features.detach().float().requires_grad_(), head.float(), targets, weight.float()]
+    total, number = head_bce_sum(*single)
+    assert torch.allclose(total / number, exact.float(), rtol=1e-5)
+    gradient = torch.autograd.grad(total / number, single[0])[0]
+    assert torch.allclose(gradient, exact_gradient.float(), rtol=1e-5, atol=1e-7)
+    low = features.detach().bfloat16().requires_grad_()
+    total, number = head_bce_sum(low, head, targets, weight.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        dense_low = F.binary_cross_entropy_with_logits(
+            head(low).float(), targets.dense().float(), pos_weight=weight.float()[:, None, None], reduction="none"
+        )[targets.annotated[:, :, None, None].expand(-1, -1, *low.shape[2:])].mean()
+    assert abs(total / number - exact) <= 2 * abs(dense_low - exact) + 1e-3
+
+
+def test_a_batch_without_any_annotation_gives_zero_and_no_gradient():
+    features, head, targets, weight = random_case(2)
+    empty = Targets(targets.codes, targets.codebook, torch.zeros_like(targets.annotated))
+    total, number = head_bce_sum(features, head, empty, weight)
+    assert total == 0 and number == 0
+    assert not torch.autograd.grad(total, features)[0].any()
+
+
+def test_model_with_loss_trains_all_parameters():
+    model = ModelWithLoss(UNet2D(1, 3, (4, 8)), torch.ones(3))
+    targets = Targets(torch.randint(0, 2, (2, 8, 8)), torch.tensor([[[0, 0, 0], [1, 0, 1]]] * 2).bool(),
+                      torch.tensor([[True, True, False]] * 2))  # fmt: skip
+    loss = model(torch.randn(2, 1, 8, 8), targets)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.network.head.weight.grad[2].abs().max() == 0  # not annotated: no gradient
+
+
+def test_frequencies_weights_and_start_bias_by_hand():
+    voxels = [({"a": 9, "b": 0}, 98), ({"a": 0, "other": 5}, 100)]
+    f = structure_frequencies(voxels, {"a": 0, "b": 1, "never": 2})
+    assert f.tolist() == [10 / 200, 1 / 100, 1 / 2]
+    w = positive_weights(f, cap=5)
+    assert w.tolist() == pytest.approx([math.sqrt(20), 5, math.sqrt(2)])
+    head = nn.Conv2d(1, 3, 1)
+    start_bias(head, f, w)
+    start = [wi * fi / (wi * fi + 1 - fi) for wi, fi in zip(w.tolist(), f.tolist(), strict=True)]
+    assert torch.sigmoid(head.bias).tolist() == pytest.approx(start, rel=1e-5)
+    # it is where the loss of a constant output has its minimum: the gradient over such data is 0
+    bias = torch.tensor(math.log(start[0] / (1 - start[0])), dtype=torch.float64, requires_grad=True)
+    (f[0] * w[0] * F.softplus(-bias) + (1 - f[0]) * F.softplus(bias)).backward()
+    assert abs(bias.grad) < 1e-9
