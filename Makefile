@@ -25,7 +25,7 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name segkit --display-name "Python 3 (segkit)"
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/train_unet.ipynb
 
 check: $(READY)
 	$(BIN)/python -m segkit check

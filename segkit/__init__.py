@@ -18,7 +18,8 @@ The files in the order in which data walk through them; each imports only from t
     losses.py        binary cross-entropy with the chunked head
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
-    training.py      epochs, validation, history
+    validation.py    scores during training, and the threshold
+    training.py      epochs, checkpoints, history
     inference.py     volume in, codes out
     evaluation.py    one tidy table: a row a subject and structure
     figures.py       curves, overlays, distributions, rankings

@@ -116,7 +116,7 @@ def evaluate(
     data_dir: Path | None = None,
     stage_dir: Path | None = None,
     checkpoint: Path | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     detected_dice: float = 0.1,
     batch_size: int = 8,
     max_subjects: int | None = None,
@@ -130,7 +130,7 @@ def evaluate(
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
         checkpoint: the one with the best validation Dice by default.
-        threshold: a structure is where its probability exceeds this.
+        threshold: a structure is where its probability exceeds this; the one that validated best by default.
         detected_dice: from this Dice on a structure counts as detected.
         batch_size: slices predicted at a time.
         max_subjects: at most so many.
@@ -145,6 +145,7 @@ def evaluate(
     data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, jobs)
     _report(data.problems)
     loaded = load_checkpoint(checkpoint or best_checkpoint(output_dir), data.label_map)
+    threshold = loaded.threshold if threshold is None else threshold
     predictor = Predictor(loaded.model, loaded.label_map, loaded.target_shape, threshold, batch_size, device)
     kept, parts = output_dir / "predictions", data.split.test
     scores = evaluation.evaluate(predictor, data.staged, parts, "test", kept, detected_dice)
@@ -163,8 +164,8 @@ def evaluate(
 
 def demo(
     output_dir: Path = OUTPUTS,
-    epochs: int = 5,
-    target_shape: tuple[int, int] = (128, 128),
+    epochs: int = 4,
+    target_shape: tuple[int, int] = (64, 96),
     learning_rate: float = 2e-3,
 ) -> None:
     """Run both notebooks on phantoms, from nothing to scores and pictures, and print a summary.
@@ -172,7 +173,7 @@ def demo(
     Args:
         output_dir: where everything lands.
         epochs: of the training notebook.
-        target_shape: smaller than the notebook's own, so that two cores do it in minutes.
+        target_shape: smaller than the notebook's own and as wide as bodies are, so that two cores do it in minutes.
         learning_rate: of the training notebook.
     """
     from segkit.demo import run_demo

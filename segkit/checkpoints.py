@@ -33,7 +33,13 @@ class Checkpoint:
 
     @property
     def target_shape(self) -> tuple[int, int]:
+        """What the network sees, rows and columns."""
         return tuple(self.settings["target_shape"])
+
+    @property
+    def threshold(self) -> float:
+        """The probability that gave the highest Dice on the validation subjects; 0.5 where none was scored."""
+        return self.scores.get("val_threshold", 0.5)
 
 
 def save_checkpoint(

@@ -6,6 +6,7 @@ spine at the bottom, with true proportions in mm.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,12 +90,15 @@ def show_slice(
         )  # fmt: skip
 
 
-def structure_legend(figure: Figure, names: Sequence[str], most: int = 24) -> None:
-    """A legend under the figure with the colours of the structures that are shown, at most `most` of them."""
-    shown = sorted(names, key=lambda name: (list(OFFICIAL).index(name) if name in OFFICIAL else len(OFFICIAL), name))
-    handles = [Patch(color=color_of(name), label=name) for name in shown[:most]]
-    if len(shown) > most:
-        handles.append(Patch(color="none", label=f"and {len(shown) - most} more"))
+def structure_legend(figure: Figure, volumes: Sequence[CodeVolume], most: int = 27) -> None:
+    """A legend under the figure with the colours of the structures that are shown, at most the `most` largest."""
+    pixels = sum((Counter(volume.voxels()) for volume in volumes), Counter())
+    shown = {name for name, number in pixels.most_common(most) if number}
+    order = [*(name for name in OFFICIAL if name in shown), *sorted(shown - set(OFFICIAL))]
+    handles = [Patch(color=color_of(name), label=name) for name in order]
+    left_out = len(+pixels) - len(shown)
+    if left_out:
+        handles.append(Patch(color="none", label=f"and {left_out} smaller ones"))
     if handles:
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False)
 
@@ -105,15 +109,19 @@ def occurring(volume: CodeVolume) -> list[str]:
     return [name for name, there in zip(volume.structures, members, strict=True) if there]
 
 
+def _tallest(samples: Sequence[tuple]) -> float:
+    """The largest height of a slice relative to its width, in mm, so that panels leave no gaps."""
+    return max(hu.shape[0] * spacing[0] / (hu.shape[1] * spacing[1]) for _, hu, *_, spacing in samples)
+
+
 def plot_slices(samples: Sequence[tuple[str, np.ndarray, CodeVolume, Sequence[float]]]) -> Figure:
     """Slices beside their masks: per sample a title, HU (y, x), codes (y, x), spacing in mm (y, x)."""
-    figure, axes = plt.subplots(2, len(samples), figsize=(3.2 * len(samples), 5.2), squeeze=False, layout="constrained")
-    names: set[str] = set()
+    size = (3.2 * len(samples), 2 * (3.2 * _tallest(samples) + 0.2))
+    figure, axes = plt.subplots(2, len(samples), figsize=size, squeeze=False, layout="constrained")
     for column, (title, hu, volume, spacing_mm) in zip(axes.T, samples, strict=True):
         show_slice(column[0], hang(window(hu)), spacing_mm, title, cmap="gray")
         show_slice(column[1], overlay(hu, volume), spacing_mm)
-        names.update(occurring(volume))
-    structure_legend(figure, sorted(names))
+    structure_legend(figure, [volume for _, _, volume, _ in samples])
     return figure
 
 
@@ -140,18 +148,16 @@ def plot_predictions(
 
     Per sample a title, HU (y, x), the codes of both (y, x), spacing in mm (y, x).
     """
-    rows = len(samples)
-    figure, axes = plt.subplots(rows, 4, figsize=(13, 3.1 * rows), squeeze=False, layout="constrained")
-    names: set[str] = set()
+    size = (13, len(samples) * (3.2 * _tallest(samples) + 0.3))
+    figure, axes = plt.subplots(len(samples), 4, figsize=size, squeeze=False, layout="constrained")
     for row, (name, hu, reference, prediction, spacing_mm) in zip(axes, samples, strict=True):
         show_slice(row[0], hang(window(hu)), spacing_mm, f"{name}: CT", cmap="gray")
         show_slice(row[1], overlay(hu, reference), spacing_mm, "ground truth")
         show_slice(row[2], overlay(hu, prediction), spacing_mm, "prediction")
         show_slice(row[3], _difference_picture(hu, reference, prediction), spacing_mm, "difference")
-        names.update(occurring(reference), occurring(prediction))
     handles = [Patch(color=color, label=label) for label, color in DIFFERENCE_COLORS.values()]
     axes[-1, 3].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7, frameon=False)
-    structure_legend(figure, sorted(names))
+    structure_legend(figure, [volume for _, _, *both, _ in samples for volume in both])
     if title:
         figure.suptitle(title)
     return figure

@@ -83,14 +83,23 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
             "xaxis": {**side, "title": "left — right"},
             "yaxis": {**side, "title": "back — front"},
             "zaxis": {**side, "title": "feet — head"},
-            # from the front: the patient's right is on the left of the picture
-            "camera": {"eye": {"x": 0.0, "y": 1.9, "z": 0.2}, "up": {"x": 0, "y": 0, "z": 1}},
+            "camera": _from_the_front([mesh for meshes in layers.values() for mesh in meshes.values()]),
         },
         margin={"l": 0, "r": 0, "t": 45, "b": 0},
         paper_bgcolor="white",
         **legends,
     )
     return figure
+
+
+def _from_the_front(meshes: Sequence[Mesh]) -> dict:
+    """A camera in front of the patient, whose right is on the left of the picture, from where everything is seen."""
+    corners = np.array([corner for mesh in meshes for corner in (mesh.vertices.min(0), mesh.vertices.max(0))])
+    extent = np.ptp(corners, axis=0) if len(corners) else np.ones(3)
+    # plotly's unit with the aspect mode "data": the geometric mean of the three extents
+    extent = extent / np.prod(extent) ** (1 / 3)
+    away = 1.25 * max(extent[0], extent[2]) + extent[1] / 2
+    return {"eye": {"x": 0.0, "y": float(away), "z": 0.15}, "up": {"x": 0, "y": 0, "z": 1}}
 
 
 def _page_order(name: str) -> tuple:

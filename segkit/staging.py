@@ -143,6 +143,11 @@ def stage_subject(subject: Subject, stage_dir: Path) -> StagedSubject:
         write_json(temporary / "subject.json", {**info, "fingerprint": print_of_sources})
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
+    except OSError:
+        # another process may have staged the same subject in the meantime: then its store serves
+        staged = _load(target)
+        if staged is None or staged.info.get("fingerprint") != print_of_sources:
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _load(target)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from segkit import augment, losses, metrics
+from segkit import augment, losses
 from segkit.augment import Augmentation
 from segkit.checkpoints import save_checkpoint
 from segkit.dataset import Data
@@ -21,6 +21,7 @@ from segkit.labels import mirrored_channels
 from segkit.runs import write_json
 from segkit.slices import SliceDataset, Targets, batches, epoch_order
 from segkit.unet import UNet2D
+from segkit.validation import as_row, validate
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainSettings:
     learning_rate: float = 1e-3  # Adam's, at the start; it falls to 0 as (1 - step / steps) ** 0.9
     target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
-    positive_weight_cap: float = 30.0  # 1 is plain BCE, see losses.positive_weights
+    positive_weight_cap: float = 100.0  # 1 is plain BCE, see losses.positive_weights
     augmentation: Augmentation = field(default_factory=Augmentation)
     slices_per_epoch: int | None = None  # None: all of them
     validation_slices: int | None = None  # evenly spaced; None: all of them
@@ -55,7 +56,7 @@ class TrainSettings:
 
 
 History = list[dict]
-"""One dict an epoch: epoch, steps, learning_rate, train_loss, val_loss, val_dice, val_structures, seconds."""
+"""One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds."""
 
 
 def train(
@@ -82,7 +83,7 @@ def train(
     started = time.monotonic()
     for epoch in range(1, settings.epochs + 1):
         history.append(trainer.epoch(epoch, progress))
-        scores = {name: history[-1][name] for name in ("val_dice", "val_structures", "val_loss", "train_loss")}
+        scores = {name: value for name, value in history[-1].items() if name.startswith(("val_", "train_"))}
         path = output_dir / f"checkpoint_epoch{epoch}.pth"
         save_checkpoint(path, trainer.model.network, network, data.label_map, asdict(settings), epoch, scores)
         write_json(output_dir / "training_history.json", {"epochs": history, "validation": "target grid, val split"})
@@ -134,15 +135,23 @@ class _Trainer:
         started = time.monotonic()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         loss, steps = self._train(epoch, progress)
-        val_loss, val_dice, structures = validate(self, progress)
+        s = self.settings
+        validation = validate(
+            self.model,
+            self.val_slices,
+            self.target_shape,
+            self.dtype,
+            s.batch_size,
+            s.validation_slices,
+            s.workers,
+            progress,
+        )
         return {
             "epoch": epoch,
             "steps": steps,
             "learning_rate": learning_rate,
             "train_loss": loss,
-            "val_loss": val_loss,
-            "val_dice": None if np.isnan(val_dice) else val_dice,
-            "val_structures": structures,
+            **as_row(validation),
             "seconds": round(time.monotonic() - started, 2),
         }
 
@@ -186,47 +195,3 @@ def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
             zs = part.slices(subject.shape[0])
             volume = subject.labels()
             yield volume.with_codes(volume.codes[zs]).voxels(), len(zs) * int(np.prod(subject.shape[1:]))
-
-
-@torch.no_grad()
-def validate(trainer: _Trainer, progress: bool) -> tuple[float, float, int]:
-    """Loss, macro Dice on the network's grid and its number of structures, over the validation slices.
-
-    Counts are summed per subject and structure before any ratio is taken.
-    """
-    s, data = trainer.settings, trainer.val_slices
-    wanted = min(s.validation_slices or len(data), len(data))
-    order = np.linspace(0, len(data) - 1, wanted).round().astype(int).tolist()
-    counts: dict[str, torch.Tensor] = {}
-    loss, number = 0.0, 0
-    trainer.model.eval()
-    for batch in tqdm(
-        batches(data, order, s.batch_size, s.workers), desc="validation", leave=False, disable=not progress
-    ):
-        images, targets = augment.to_network(batch.to(trainer.device), trainer.target_shape)
-        with autocast(trainer.device, trainer.dtype):
-            features = trainer.model.network.decode(images.contiguous(memory_format=torch.channels_last))
-            logits = trainer.model.network.head(features)
-        part, size = losses.head_bce_sum(features, trainer.model.network.head, targets, trainer.model.pos_weight)
-        loss, number = loss + float(part), number + int(size)
-        for position, name in zip(batch.numbers.tolist(), _count_slices(logits > 0, targets), strict=True):
-            subject = data.where[order[position]][0]
-            counts[subject] = counts.get(subject, 0) + name
-    return loss / max(number, 1), *_macro_dice(torch.stack(list(counts.values())).cpu().numpy())
-
-
-def _count_slices(predicted: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """TP, FP and FN of each slice and channel, int64 (B, 3, C); 0 where the channel is not annotated."""
-    inside = targets.dense()
-    number_both = (predicted & inside).sum((2, 3))
-    counts = torch.stack([number_both, predicted.sum((2, 3)) - number_both, inside.sum((2, 3)) - number_both], 1)
-    return counts * targets.annotated[:, None]
-
-
-def _macro_dice(counts: np.ndarray) -> tuple[float, int]:
-    """From counts (subjects, 3, C): the mean over structures of the mean over subjects whose reference holds it."""
-    tp, fp, fn = counts.transpose(1, 0, 2)
-    per_case = np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan)
-    per_structure, _ = metrics.nan_mean(per_case, axis=0)
-    mean, number = metrics.nan_mean(per_structure)
-    return float(mean), int(number)

@@ -25,6 +25,11 @@ def one_batch(hu: np.ndarray, codes: np.ndarray | None = None, spacing=(1.0, 1.0
     return collate([(0, item)])
 
 
+def in_hu(image: torch.Tensor) -> torch.Tensor:
+    """The network's input back in HU."""
+    return torch.sinh(image) * 60 + 40
+
+
 def test_batches_hold_the_slices_of_their_subjects_padded_with_air(phantom_data):
     data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
     order = epoch_order(len(data), seed=0, epoch=1)[:7]
@@ -67,7 +72,7 @@ def test_a_slice_of_the_target_shape_passes_unchanged():
     hu = np.random.default_rng(0).integers(-900, 900, (32, 48))
     codes = np.random.default_rng(1).integers(0, 2, (32, 48))
     image, targets = to_network(one_batch(hu, codes, (2.0, 2.0)), (32, 48))
-    assert torch.allclose(image[0, 0], torch.from_numpy(hu / 250).float(), atol=1e-5)
+    assert torch.allclose(in_hu(image)[0, 0], torch.from_numpy(hu).float(), atol=0.1)
     assert torch.equal(targets.codes[0], torch.from_numpy(codes))
 
 
@@ -78,16 +83,15 @@ def test_fitting_keeps_the_aspect_ratio_in_mm_and_pads_with_air():
     inside = targets.codes[0] == 1
     assert inside.sum(0).max() == 64 and inside.sum(1).max() == 32
     assert inside[:, 16:48].all() and not inside[:, :16].any() and not inside[:, 48:].any()
-    assert torch.allclose(image[0, 0, :, 0], torch.tensor(-4.0)) and torch.allclose(
-        image[0, 0, 32, 32], torch.tensor(0.0)
-    )
+    assert torch.allclose(in_hu(image)[0, 0, :, 0], torch.tensor(-1000.0))  # air, at the end of the network's range
+    assert torch.allclose(in_hu(image)[0, 0, 32, 32], torch.tensor(0.0), atol=0.01)
 
 
 def test_shrinking_averages_instead_of_stepping_over():
     # a checkerboard of single pixels has the mean 0 everywhere, whatever pixel is taken alone
     checkerboard = np.where(np.indices((128, 128)).sum(0) % 2, 200, -200)
     image, _ = to_network(one_batch(checkerboard), (32, 32))
-    assert image.abs().max() < 0.01
+    assert in_hu(image).abs().max() < 1
 
 
 def test_padding_of_the_batch_does_not_move_a_slice():
@@ -163,7 +167,9 @@ def test_augmentation_stays_within_its_settings(seed):
 
 
 def test_normalize_by_hand():
-    assert normalize(torch.tensor([-3000.0, -1000, 0, 250, 5000])).tolist() == [-4, -4, 0, 1, 4]
+    # arcsinh(x) = ln(x + sqrt(x^2 + 1)) of -1040 / 60, 0, 1 and 1460 / 60
+    values = normalize(torch.tensor([-3000.0, -1000, 40, 100, 5000])).tolist()
+    assert values == pytest.approx([-3.5463, -3.5463, 0, 0.8814, 3.8851], abs=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(100, 128), (0, 16), "big", 128, (128,), (16, 16, 16), None])
@@ -180,7 +186,7 @@ def test_there_and_back_finds_every_pixel_at_its_place(rows, columns, y_mm, x_mm
     plane = 10 * y - 7 * x
     batch = one_batch(plane, spacing=(y_mm, x_mm))
     image, _ = to_network(batch, (512, 512))
-    back = to_own_grid(image, batch)[0, 0] * 250
+    back = to_own_grid(in_hu(image), batch)[0, 0]
     inner = (slice(2, -2), slice(2, -2))
     assert back.shape == (rows, columns)
     assert np.abs(back.numpy() - plane)[inner].max() < 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkit import training
+from segkit import training, validation
 from segkit.augment import NO_AUGMENTATION
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
@@ -74,11 +74,14 @@ def test_validation_counts_by_hand():
         torch.tensor([[True, True, False]]),
     )
     predicted = torch.tensor([[[[1, 1], [0, 0]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]]]).bool()
-    counts = training._count_slices(predicted, targets)[0]
-    assert counts.tolist() == [[1, 2, 0], [1, 0, 0], [2, 0, 0]]
+    at = validation.THRESHOLDS.index(0.5)
+    counts = validation.count_slices(torch.where(predicted, 0.1, -0.1), targets)[0]
+    assert counts[at].tolist() == [[1, 2, 0], [1, 0, 0], [2, 0, 0]]
+    assert counts[at + 1].tolist() == [[0, 0, 0], [0, 0, 0], [3, 2, 0]]  # a logit of 0.1 is below a probability of 0.6
+    assert counts[at - 1].tolist() == [[3, 2, 0], [1, 2, 0], [0, 0, 0]]  # and one of -0.1 is above 0.4
     # two subjects: structure 0 has Dice 0.5 and 1, structure 1 is held by one of them and missed, 2 by nobody
     two = np.array([[[1, 0, 0], [1, 3, 0], [1, 0, 0]], [[2, 0, 0], [0, 0, 5], [0, 4, 0]]])
-    mean, number = training._macro_dice(two)
+    mean, number = validation.macro_dice(two)
     assert mean == pytest.approx((0.75 + 0) / 2) and number == 2
 
 

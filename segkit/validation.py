@@ -1,0 +1,98 @@
+"""Scores during training: loss, macro Dice on the network's grid, and the threshold at which it is highest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from segkit import augment, losses, metrics
+from segkit.devices import autocast
+from segkit.losses import ModelWithLoss
+from segkit.slices import SliceDataset, Targets, batches
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """loss as in training; dice at the probability `threshold` that gave the highest, NaN if nothing is annotated."""
+
+    loss: float
+    dice: float
+    structures: int  # that a validation subject holds: what `dice` is the mean of
+    threshold: float
+
+
+@torch.no_grad()
+def validate(
+    model: ModelWithLoss,
+    data: SliceDataset,
+    target_shape: tuple[int, int],
+    dtype: torch.dtype,
+    batch_size: int,
+    slices: int | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Validation:
+    """Score `slices` evenly spaced slices of `data` (all by default).
+
+    Positive weights raise a model's probabilities, by how much depends on how far it has learned; so the threshold is
+    not assumed but chosen here, on validation subjects. Counts are summed per subject and structure before any ratio.
+    """
+    device = next(model.parameters()).device
+    order = np.linspace(0, len(data) - 1, min(slices or len(data), len(data))).round().astype(int).tolist()
+    counts: dict[str, torch.Tensor] = {}
+    loss, number = 0.0, 0
+    model.eval()
+    loader = batches(data, order, batch_size, workers)
+    for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
+        images, targets = augment.to_network(batch.to(device), target_shape)
+        with autocast(device, dtype):
+            features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
+            logits = model.network.head(features)
+        part, size = losses.head_bce_sum(features, model.network.head, targets, model.pos_weight)
+        loss, number = loss + float(part), number + int(size)
+        for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
+            subject = data.where[order[position]][0]
+            counts[subject] = counts.get(subject, 0) + of_slice
+    scores = [macro_dice(at) for at in torch.stack(list(counts.values()), 1).cpu().numpy()]
+    best = int(np.argmax(np.nan_to_num([mean for mean, _ in scores])))
+    return Validation(loss / max(number, 1), *scores[best], THRESHOLDS[best])
+
+
+def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """TP, FP and FN of each slice, threshold and channel from logits (B, C, H, W): int64 (B, T, 3, C).
+
+    0 where the channel is not annotated.
+    """
+    inside = targets.dense()
+    held = inside.sum((2, 3))
+    counts = []
+    for threshold in THRESHOLDS:
+        predicted = logits > np.log(threshold / (1 - threshold))
+        both, all_predicted = (predicted & inside).sum((2, 3)), predicted.sum((2, 3))
+        counts.append(torch.stack([both, all_predicted - both, held - both], 1))
+    return torch.stack(counts, 1) * targets.annotated[:, None, None]
+
+
+def macro_dice(counts: np.ndarray) -> tuple[float, int]:
+    """From counts (subjects, 3, C): the mean over structures of the mean over subjects whose reference holds it."""
+    tp, fp, fn = counts.transpose(1, 0, 2)
+    per_case = np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan)
+    per_structure, _ = metrics.nan_mean(per_case, axis=0)
+    mean, number = metrics.nan_mean(per_structure)
+    return float(mean), int(number)
+
+
+def as_row(validation: Validation) -> Mapping[str, float | int | None]:
+    """The columns of the history; None instead of NaN, which JSON lacks."""
+    return {
+        "val_loss": validation.loss,
+        "val_dice": None if np.isnan(validation.dice) else validation.dice,
+        "val_structures": validation.structures,
+        "val_threshold": validation.threshold,
+    }
