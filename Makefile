@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 lab: $(READY)
-	$(BIN)/python -m ipykernel install --prefix .venv --name segkit --display-name "Python 3 (segkit)"
+	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/train_unet.ipynb
 
 check: $(READY)

@@ -51,7 +51,7 @@ def stage(
 
     data = open_data(data_dir, stage_dir, max_subjects, exclude, jobs=jobs)
     _report(data.problems)
-    print(f"{len(data.staged)} subjects, {len(data.label_map)} structures in {stage_dir}; split: {data.split.source}")
+    print(f"{len(data.staged)} subjects, {len(data.label_map)} structures in {stage_dir}")
 
 
 def train(
@@ -68,8 +68,12 @@ def train(
     max_subjects: int | None = None,
     slices_per_epoch: int | None = None,
     validation_slices: int | None = None,
+    positive_weight_cap: float = 100.0,
+    augment: bool = True,
+    flip_left_right: bool = False,
     seed: int = 0,
     device: str | None = None,
+    workers: int = 0,
     jobs: int = 1,
 ) -> None:
     """Stage what is not staged yet and train a U-Net; checkpoints and history go to the output folder.
@@ -88,27 +92,33 @@ def train(
         max_subjects: at most so many.
         slices_per_epoch: all by default.
         validation_slices: evenly spaced; all by default.
-        seed: of order, augmentation and weights.
+        positive_weight_cap: how much more an inside pixel may count; 1 is plain BCE.
+        augment: vary training slices: rotation, scale, shift, intensity, noise.
+        flip_left_right: mirror slices too, with left and right structures swapped; anatomically false.
+        seed: of phantoms, choice of subjects, split, order, augmentation and first weights.
         device: cpu, cuda, cuda:1 or mps; the best there is by default.
+        workers: processes that read slices ahead; 2 to 4 with a GPU.
         jobs: subjects staged at the same time.
     """
-    from segkit import figures, runs, training
+    from segkit import figures, training
+    from segkit.augment import NO_AUGMENTATION, Augmentation
     from segkit.dataset import open_data, phantoms_in
 
     settings = training.TrainSettings(
-        epochs, batch_size, learning_rate, target_shape, features,
-        slices_per_epoch=slices_per_epoch, validation_slices=validation_slices, seed=seed, device=device,
+        epochs, batch_size, learning_rate, target_shape, features, positive_weight_cap,
+        Augmentation(flip_left_right=flip_left_right) if augment else NO_AUGMENTATION,
+        slices_per_epoch, validation_slices, seed, device, workers,
     ).checked()  # fmt: skip
     if data_dir is None:
         print("no DATA_DIR: training on phantoms")
-        data_dir = phantoms_in(output_dir, jobs=jobs)
+        data_dir = phantoms_in(output_dir, seed=seed, jobs=jobs)
     data = open_data(data_dir, stage_dir or output_dir / "staged", max_subjects, exclude, structures, seed, jobs)
     _report(data.problems)
 
     def draw(history: training.History) -> None:
         figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
 
-    training.train(data, settings, runs.start_run(output_dir), on_epoch=draw)
+    training.train(data, settings, output_dir, on_epoch=draw)
 
 
 def evaluate(
@@ -147,10 +157,10 @@ def evaluate(
     loaded = load_checkpoint(checkpoint or best_checkpoint(output_dir), data.label_map)
     threshold = loaded.threshold if threshold is None else threshold
     predictor = Predictor(loaded.model, loaded.label_map, loaded.target_shape, threshold, batch_size, device)
-    kept, parts = output_dir / "predictions", data.split.test
-    scores = evaluation.evaluate(predictor, data.staged, parts, "test", kept, detected_dice)
-    bound = evaluation.evaluate_round_trip(data.staged, parts, "test", data.label_map, loaded.target_shape)
-    results = report.Report(scores, "test", output_dir)
+    kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
+    scores = evaluation.evaluate(predictor, data.staged, parts, split, kept, detected_dice)
+    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, loaded.target_shape)
+    results = report.Report(scores, split, output_dir)
     results.table()
     summary = results.summary(bound, loaded.path)
     for draw in (results.distribution, results.ranking, results.success):

@@ -48,14 +48,17 @@ class Variation:
     noise_seeds: tuple[int, ...]
 
 
-def check_target_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """TARGET_SHAPE as (rows, columns), given as tuple or list. Raises SegkitError unless both are multiples of 16."""
+def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
+    """TARGET_SHAPE, a tuple or list, as (rows, columns). SegkitError unless `levels` halvings leave whole pixels."""
+    step = 2**levels
     try:
         rows, columns = (int(side) for side in shape)
     except (TypeError, ValueError):
         raise SegkitError(f"TARGET_SHAPE = {shape!r}: expected two whole numbers like (256, 256)") from None
-    if min(rows, columns) < 16 or rows % 16 or columns % 16:
-        raise SegkitError(f"TARGET_SHAPE = {(rows, columns)}: the U-Net halves four times: give multiples of 16")
+    if min(rows, columns) < step or rows % step or columns % step:
+        raise SegkitError(
+            f"TARGET_SHAPE = {(rows, columns)}: FEATURES halve it {levels} times: give multiples of {step}"
+        )
     return rows, columns
 
 

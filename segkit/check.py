@@ -9,6 +9,7 @@ import time
 import torch
 
 from segkit.devices import autocast, describe_device, fast_dtype, pick_device
+from segkit.errors import SegkitError
 from segkit.losses import ModelWithLoss
 from segkit.slices import Targets
 from segkit.unet import UNet2D
@@ -20,13 +21,19 @@ PACKAGES = (
 
 
 def check_installation() -> None:
-    """Print versions, the device, and the time of a small training step in float32 and in the fast precision."""
+    """Print versions, the device, and the time of a small training step in float32 and in the fast precision.
+
+    Raises SegkitError that names the packages that are missing.
+    """
+    missing = []
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:
         try:
             print(f"  {package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            print(f"  {package} is missing: needed for the notebooks; pip install -r requirements.txt")
+            missing.append(package)
+    if missing:
+        raise SegkitError(f"missing: {', '.join(missing)}; run pip install -r requirements.txt")
     device = pick_device()
     print(f"device: {describe_device(device)}")
     baseline = _step_seconds(device, torch.float32)

@@ -45,6 +45,11 @@ class Data:
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("subject")
 
+    def split_to_json(self) -> dict:
+        """Plain types for `split.json`: where the data lie, the size of each CT to know it again, and the split."""
+        sizes = {name: subject.info["ct_bytes"] for name, subject in self.staged.items()}
+        return {"data_dir": str(self.folder.resolve()), "ct_bytes": sizes, **self.split.to_json()}
+
     def test_part(self, subject: str | None = None) -> Part:
         """What the test takes of `subject`, of the first test subject by default. SegkitError if it is not one."""
         parts = {part.subject: part for part in self.split.test}
@@ -92,10 +97,13 @@ def open_data(
     meta_split = read_meta_split(data_dir)
     chosen = select_subjects(subjects, meta_split, exclude, max_subjects, seed)
     staged, left_out = stage(chosen, stage_dir, jobs, progress)
-    label_map = make_label_map(structures_in(staged), structures)
-    split = make_split({subject.name: subject.shape[0] for subject in staged}, meta_split, seed)
     by_name = {subject.name: subject for subject in staged}
-    return Data(Path(data_dir), by_name, split, label_map, problems + left_out)
+    split = make_split({subject.name: subject.shape[0] for subject in staged}, meta_split, seed)
+    learnable = structures_in([by_name[part.subject] for part in split.train])
+    not_learnable = sorted(set(structures_in(staged)) - set(learnable))
+    if not_learnable:
+        left_out.append(f"no training subject annotates {', '.join(not_learnable)}: they cannot be learned")
+    return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out)
 
 
 def open_run(
@@ -108,21 +116,26 @@ def open_run(
 ) -> Data:
     """The data of the training run in `output_dir`, with its own label map and split; what the analysis opens.
 
-    With `data_dir` of another data set its subjects are taken instead: the test subjects of its meta.csv, or all of
-    them. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run or its data are gone.
+    `data_dir` may be where these data lie now, or another data set: then its test subjects are taken as its meta.csv
+    names them, or all of them. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run
+    or its data are gone.
     """
     output_dir = Path(output_dir)
     try:
         label_map = load_label_map(output_dir / "label_map.json")
         content = json.loads((output_dir / "split.json").read_text(encoding="utf-8"))
-        trained_on, split = Path(content["data_dir"]), Split.from_json(content, str(output_dir / "split.json"))
+        split = Split.from_json(content, str(output_dir / "split.json"))
+        trained_on, known = Path(content["data_dir"]), dict(content["ct_bytes"])
     except FileNotFoundError as error:
         raise SegkitError(f"{error.filename} is missing: no training run there; run train_unet first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SegkitError(f"{output_dir / 'split.json'}: damaged ({error}); train again") from error
+    if max_subjects is not None and max_subjects < 1:
+        raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
     folder = trained_on if data_dir is None else Path(data_dir)
     subjects, problems = find_subjects(folder)
-    if folder.resolve() != trained_on.resolve():
+    # by name and size of the scan, not by folder: training subjects stay training subjects when data move
+    if not any(known.get(subject.name) == subject.ct.stat().st_size for subject in subjects):
         names = [subject.name for subject in subjects]
         meta_split = read_meta_split(folder)
         test = [name for name in names if meta_split.get(name) == "test"] or names

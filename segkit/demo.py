@@ -23,7 +23,8 @@ def run_demo(output_dir: Path, epochs: int, target_shape: tuple[int, int], learn
     """
     started = time.time()
     root = project_root()
-    executed = make_folder((root / output_dir / "notebooks").resolve())
+    output_dir = (root / output_dir).resolve()
+    executed = make_folder(output_dir / "notebooks")
     training = {"EPOCHS": epochs, "TARGET_SHAPE": list(target_shape), "LEARNING_RATE": learning_rate}
     seconds: dict[str, float] = {}
     for name, parameters in zip(NOTEBOOKS, (training, {}), strict=True):
@@ -33,7 +34,7 @@ def run_demo(output_dir: Path, epochs: int, target_shape: tuple[int, int], learn
         parameters = {"OUTPUT_DIR": str(output_dir), **parameters}
         notebook = execute(source, executed / source.name, parameters)
         seconds |= stage_seconds(notebook)
-    print_summary(root / output_dir, started, seconds)
+    print_summary(output_dir, started, seconds)
 
 
 def execute(source: Path, target: Path, parameters: Mapping) -> dict:
@@ -42,7 +43,7 @@ def execute(source: Path, target: Path, parameters: Mapping) -> dict:
 
     print(f"\n=== {source.name}", flush=True)
     papermill.execute_notebook(
-        str(source), str(target), dict(parameters), cwd=str(source.parent), kernel_name="python3", progress_bar=True,
+        str(source), str(target), dict(parameters), cwd=str(target.parent), kernel_name="python3", progress_bar=True,
         stdout_file=sys.stdout, stderr_file=sys.stderr, request_save_on_cell_execute=False,
     )  # fmt: skip
     return json.loads(target.read_text(encoding="utf-8"))
@@ -65,7 +66,8 @@ def stage_seconds(notebook: Mapping) -> dict[str, float]:
 def print_summary(output_dir: Path, started: float, seconds: Mapping[str, float]) -> None:
     """Scores on the unseen subjects, the files made since `started`, and where the time went."""
     files = sorted(path for path in output_dir.rglob("*") if path.is_file() and path.stat().st_mtime >= started)
-    own = [path for path in files if not {"staged", "runs"} & set(path.parts) and "phantoms" not in str(path.parent)]
+    made_in = [(path, path.relative_to(output_dir).parts[0]) for path in files]
+    own = [path for path, top in made_in if top not in ("staged", "runs") and not top.startswith("phantoms")]
     summary = json.loads(max(output_dir.glob("evaluation_summary_*.json")).read_text(encoding="utf-8"))
     print(f"\n=== demo, finished {datetime.now():%H:%M:%S}")
     print(headline(summary))

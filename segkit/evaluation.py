@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from segkit import metrics
 from segkit.codes import CodeVolume, codebook_from_json, codebook_to_json
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, SubjectError
 from segkit.inference import Predictor, round_trip
 from segkit.labels import GROUPS, group_of
 from segkit.runs import make_folder, write_json, write_whole
@@ -35,14 +36,16 @@ def score_subject(
     """Rows of one subject, a structure each: those that the reference annotates and the prediction looks for.
 
     Columns as in COLUMNS: counts in voxels; `present` whether the reference holds it; `detected` whether it is present
-    with a Dice of at least `detected_dice`; `detection` as in `metrics.detection`. Raises SegkitError if the two have
-    no structure in common.
+    with a Dice of at least `detected_dice`; `detection` as in `metrics.detection`. Raises SubjectError if the two
+    have no structure in common, SegkitError for a `detected_dice` that is not above 0.
     """
+    if not 0 < detected_dice <= 1:
+        raise SegkitError(f"DETECTED_DICE = {detected_dice!r}: expected a Dice above 0, at most 1")
     counts = metrics.joint_counts(reference, prediction)
     if counts.empty:
-        raise SegkitError(
+        raise SubjectError(
             f"subject {subject}: none of the model's structures ({', '.join(prediction.structures[:4])} ...) is "
-            f"annotated ({', '.join(reference.structures[:4])} ...): checkpoint and data are of different label maps"
+            f"annotated ({', '.join(reference.structures[:4])} ...): nothing to compare"
         )
     tp, fp, fn = (counts[name].to_numpy() for name in ("tp", "fp", "fn"))
     table = counts.rename_axis("structure").reset_index()
@@ -67,17 +70,18 @@ def evaluate(
 ) -> pd.DataFrame:
     """Predict `parts` volume by volume and score them on the scans' own grids.
 
-    `split` is what `parts` are of, for the table. With `predictions_dir` the codes of each prediction are kept there
-    for figures (`load_prediction`). Memory: one subject at a time.
+    `split` is what `parts` are of, for the table. Whole volumes are predicted, the slices of a part are scored. With
+    `predictions_dir` each prediction is kept there for figures (`load_prediction`). A subject that annotates none of
+    the model's structures is left out with a warning. Memory: one subject at a time.
     """
-    tables = []
-    for part in tqdm(parts, desc=f"evaluating {split}", unit="subject", disable=not progress):
-        subject = staged[part.subject]
-        prediction = predictor.predict(subject, part)
-        tables.append(score_subject(subject.name, split, reference_of(subject, part), prediction, detected_dice))
+
+    def predict(subject: StagedSubject) -> CodeVolume:
+        prediction = predictor.predict(subject)
         if predictions_dir is not None:
-            save_prediction(Path(predictions_dir), subject, part, prediction)
-    return pd.concat(tables, ignore_index=True)
+            save_prediction(Path(predictions_dir), subject, prediction)
+        return prediction
+
+    return _score_all(predict, staged, parts, split, detected_dice, f"evaluating {split}", progress)
 
 
 def evaluate_round_trip(
@@ -88,27 +92,48 @@ def evaluate_round_trip(
     target_shape: tuple[int, int],
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The table of `evaluate` for a network that makes no error: the reference through `target_shape` and back."""
+    """The table of `evaluate` for the reference itself, sent through `target_shape` and back to the scan's grid."""
+    structures = tuple(sorted(label_map, key=label_map.get))
+    return _score_all(
+        lambda subject: round_trip(subject, structures, target_shape),
+        staged,
+        parts,
+        split,
+        metrics.DETECTED_DICE,
+        "reference through TARGET_SHAPE",
+        progress,
+    )
+
+
+def _score_all(
+    predict: Callable[[StagedSubject], CodeVolume],
+    staged: Mapping[str, StagedSubject],
+    parts: Sequence[Part],
+    split: str,
+    detected_dice: float,
+    title: str,
+    progress: bool,
+) -> pd.DataFrame:
     tables = []
-    for part in tqdm(parts, desc="upper bound", unit="subject", leave=False, disable=not progress):
-        subject, structures = staged[part.subject], tuple(sorted(label_map, key=label_map.get))
-        back = round_trip(subject, structures, target_shape, part)
-        tables.append(score_subject(subject.name, split, reference_of(subject, part), back))
+    for part in tqdm(parts, desc=title, unit="subject", disable=not progress):
+        subject = staged[part.subject]
+        volumes = subject.labels(), predict(subject)
+        if part.slabs is not None:
+            inside = part.slices(subject.shape[0])
+            volumes = tuple(volume.with_codes(volume.codes[inside]) for volume in volumes)
+        try:
+            tables.append(score_subject(subject.name, split, *volumes, detected_dice))
+        except SubjectError as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+    if not tables:
+        raise SegkitError(f"no subject of the {split} split annotates a structure of the model: nothing to score")
     return pd.concat(tables, ignore_index=True)
 
 
-def reference_of(subject: StagedSubject, part: Part) -> CodeVolume:
-    """Reference codes of the slices of `part`, (slices, y, x) on the canonical grid."""
-    volume = subject.labels()
-    return volume if part.slabs is None else volume.with_codes(volume.codes[part.slices(subject.shape[0])])
-
-
-def save_prediction(folder: Path, subject: StagedSubject, part: Part, prediction: CodeVolume) -> None:
-    """Keep a prediction as `<subject>.b2nd` with `<subject>.json`, on all slices; those outside `part` stay empty."""
+def save_prediction(folder: Path, subject: StagedSubject, prediction: CodeVolume) -> None:
+    """Keep a prediction of the whole volume as `<subject>.b2nd` with `<subject>.json`."""
     make_folder(folder)
-    codes = np.zeros(subject.shape, prediction.codes.dtype)
-    codes[part.slices(subject.shape[0])] = prediction.codes
-    write_whole(folder / f"{subject.name}.b2nd", lambda temporary: save_array(temporary, codes))
+    write_whole(folder / f"{subject.name}.b2nd", lambda temporary: save_array(temporary, prediction.codes))
     content = {"subject": subject.name, "shape": list(subject.shape), **codebook_to_json(prediction)}
     write_json(folder / f"{subject.name}.json", content)
 
@@ -158,12 +183,15 @@ def success_rates(scores: pd.DataFrame, thresholds: Iterable[float] = metrics.SU
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("group")
 
 
-def summarize(scores: pd.DataFrame) -> dict[str, float | int]:
-    """The headline and what stands beside it: macro_dice with its n structures, subjects, and detection counts."""
+def summarize(scores: pd.DataFrame) -> dict[str, float | int | None]:
+    """The headline and what stands beside it: macro_dice with its n structures, subjects, and detection counts.
+
+    macro_dice is None where no reference holds any structure.
+    """
     mean, structures = metrics.macro_dice(scores)
     counts = scores["detection"].value_counts()
     return {
-        "macro_dice": mean,
+        "macro_dice": None if np.isnan(mean) else mean,
         "structures": structures,
         "subjects": int(scores["subject"].nunique()),
         "found": int(counts.get("found", 0)),

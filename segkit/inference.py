@@ -31,6 +31,8 @@ class Predictor:
         batch_size: int = 8,
         device: str | None = None,
     ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise SegkitError(f"BATCH_SIZE = {batch_size!r}: expected a whole number of 1 or more")
         if not 0 < threshold < 1:
             raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")
         self.device = pick_device(device)
@@ -65,7 +67,7 @@ class Predictor:
 def round_trip(
     subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int], part: Part | None = None
 ) -> CodeVolume:
-    """The reference itself after going through `target_shape` and back: what a perfect network could reach.
+    """The reference itself after going through `target_shape` and back: what the network's grid makes of it.
 
     Its masks on the network's grid are brought back in the way of a prediction's logits, as +1 inside and -1 outside.
     """

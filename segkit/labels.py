@@ -112,12 +112,14 @@ def make_label_map(names: Iterable[str], only: Sequence[str] | None = None) -> d
     `only` keeps the named ones; SegkitError if one of them is not in the data or if nothing is left.
     """
     found = {check_name(name) for name in names}
+    if isinstance(only, str):
+        raise SegkitError(f"STRUCTURES = {only!r}: expected a list of names")
     if only is not None:
         missing = sorted(set(only) - found)
         if missing:
             raise SegkitError(
                 f"STRUCTURES asks for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}, "
-                f"which none of the subjects has; they have {len(found)} structures: {', '.join(sorted(found)[:8])} ..."
+                f"which no training subject has; they have {len(found)} structures: {', '.join(sorted(found)[:8])} ..."
             )
         found &= set(only)
     if not found:

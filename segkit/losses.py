@@ -31,9 +31,11 @@ class _ChunkedHeadBCE(torch.autograd.Function):
     """sum over annotated (channel, pixel) of one sample of w y softplus(-z) + (1 - y) softplus(z), z = W x + b."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, codes, codebook, annotated, pos_weight):
-        """features (F, P), weight (C, F), bias (C,), codes (P,), codebook (K, C), annotated (C,), pos_weight (C,)."""
-        wanted = torch.is_grad_enabled() or any(ctx.needs_input_grad[:3])
+    def forward(ctx, features, weight, bias, codes, codebook, annotated, pos_weight, wanted):
+        """features (F, P), weight (C, F), bias (C,), codes (P,), codebook (K, C), annotated (C,), pos_weight (C,).
+
+        `wanted`: whether gradients are computed; in here autograd itself is always off.
+        """
         total = features.new_zeros((), dtype=_wide(bias.dtype))
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)] if wanted else []
         channels, counts = code_members(codebook & annotated)
@@ -63,7 +65,7 @@ class _ChunkedHeadBCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (*(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None, None)
+        return (*(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None, None, None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -78,9 +80,11 @@ def head_bce_sum(
     features (B, F, H, W), head a 1 x 1 convolution to C channels, pos_weight (C,). The caller divides: by the number
     in the effective batch, so that accumulation and several GPUs give the same gradient as one large batch.
     """
-    weight = head.weight[:, :, 0, 0]
+    weight, wanted = head.weight[:, :, 0, 0], torch.is_grad_enabled()
     total = sum(
-        _ChunkedHeadBCE.apply(sample.flatten(1), weight, head.bias, codes.flatten(), table, annotated, pos_weight)
+        _ChunkedHeadBCE.apply(
+            sample.flatten(1), weight, head.bias, codes.flatten(), table, annotated, pos_weight, wanted
+        )
         for sample, codes, table, annotated in zip(
             features, targets.codes, targets.codebook, targets.annotated, strict=True
         )

@@ -100,10 +100,13 @@ def spread_slices(reference: CodeVolume, part: Part, number: int) -> list[int]:
 def headline(summary: dict) -> str:
     """The headline score in one sentence, from `Report.summary`."""
     scores, bound = summary["prediction"], summary["reference_through_target_shape"]
+    of_scores, of_bound = (
+        "no score" if each["macro_dice"] is None else f"{each['macro_dice']:.3f}" for each in (scores, bound)
+    )
     return (
-        f"macro Dice {scores['macro_dice']:.3f} over {scores['structures']} structures of "
+        f"macro Dice {of_scores} over {scores['structures']} structures of "
         f"{scores['subjects']} subjects ({summary['split']} split); the reference itself, through TARGET_SHAPE and "
-        f"back: {bound['macro_dice']:.3f}. "
+        f"back: {of_bound}. "
         f"{scores['found']} cases found, {scores['missed']} missed, {scores['false_alarms']} false alarms, "
         f"{scores['correctly_absent']} correctly absent."
     )

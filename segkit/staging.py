@@ -120,7 +120,10 @@ def save_array(path: Path, volume: np.ndarray) -> None:
 
 def fingerprint(subject: Subject) -> str:
     """Hash over name, size and modification time of all source files: another one means that the store is stale."""
-    lines = [f"{path.name} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in subject.files]
+    try:
+        lines = [f"{path.name} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in subject.files]
+    except OSError as error:
+        raise SubjectError(f"subject {subject.name}: {error.filename}: cannot be read ({error.strerror})") from error
     return hashlib.sha256("\n".join([f"v{STORE_VERSION}", str(subject.folder.resolve()), *lines]).encode()).hexdigest()
 
 
@@ -176,6 +179,7 @@ def _write_store(subject: Subject, folder: Path) -> dict:
         "version": STORE_VERSION,
         "subject": subject.name,
         "source": str(subject.folder.resolve()),
+        "ct_bytes": subject.ct.stat().st_size,
         "shape": list(shape),
         "spacing_mm": list(grid.spacing_mm),
         "source_orientation": grid.orientation,
@@ -209,6 +213,8 @@ def _read_masks(subject: Subject, grid: Grid, notes: list[str]) -> Iterator[tupl
     tolerance = min(grid.spacing_mm) / 2
     for name, path in subject.masks.items():
         mask, mask_grid = read_volume(path, subject.name)
+        if mask.dtype.kind == "f" and not np.isfinite(mask).all():
+            raise SubjectError(f"subject {subject.name}: {path}: holds NaN or infinite values, expected a mask")
         apart = grid.distance_mm(mask_grid)
         if apart > tolerance:
             raise SubjectError(
@@ -241,6 +247,8 @@ def stage(
     folder of its own for each data folder, so that one STAGE_DIR serves several. Raises SegkitError if STAGE_DIR lies
     inside the data, or if no subject is usable.
     """
+    if not isinstance(jobs, int) or jobs < 1:
+        raise SegkitError(f"JOBS = {jobs!r}: expected a whole number of 1 or more")
     data_dir = subjects[0].folder.parent.resolve()
     stage_dir = Path(stage_dir).resolve()
     if stage_dir == data_dir or data_dir in stage_dir.parents:

@@ -59,6 +59,11 @@ class Split:
     test: tuple[Part, ...]
     source: str  # a sentence for the reader of split.json
 
+    @property
+    def test_name(self) -> str:
+        """What scores of the test part are of: "val" where the validation subjects stand in for missing test ones."""
+        return "val" if self.test == self.val else "test"
+
     def to_json(self) -> dict:
         """Plain types for `split.json`."""
         parts = {name: [{"subject": p.subject, "slabs": p.slabs} for p in getattr(self, name)] for name in SPLITS}
@@ -89,14 +94,17 @@ def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[str]]:
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the data set, or to None for a phantom one")
+        raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the folder that holds the subjects")
     subjects, problems = [], []
     for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if (folder / "ct.nii.gz").is_file() or (folder / "segmentations").is_dir():
-            try:
+        try:
+            if (folder / "ct.nii.gz").is_file() or (folder / "segmentations").is_dir():
                 subjects.append(_open_subject(folder))
-            except SegkitError as error:
-                problems.append(str(error))
+                problems += _unread_files(subjects[-1])
+        except SegkitError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{folder}: cannot be read ({error.strerror}); left out")
     if not subjects:
         found = "; ".join(problems[:3]) or _what_is_there(data_dir)
         raise SegkitError(f"{data_dir}: no subjects: {_LAYOUT}; found {found}")
@@ -122,6 +130,13 @@ def _open_subject(folder: Path) -> Subject:
     return Subject(folder.name, folder, masks)
 
 
+def _unread_files(subject: Subject) -> list[str]:
+    """A sentence for each mask file that is not in the one format that is read: its structure is not annotated then."""
+    folder = subject.folder / "segmentations"
+    others = sorted({path for path in folder.glob("[!.]*") if path.is_file()} - set(subject.masks.values()))
+    return [f"subject {subject.name}: {path}: no .nii.gz, its structure counts as not annotated" for path in others]
+
+
 def _what_is_there(data_dir: Path) -> str:
     if (data_dir / "ct.nii.gz").is_file():
         return f"one subject itself: give its parent folder, {data_dir.parent}"
@@ -135,7 +150,8 @@ def _what_is_there(data_dir: Path) -> str:
 def read_meta_split(data_dir: str | Path) -> dict[str, str]:
     """Subject -> "train", "val" or "test" from the data set's `meta.csv`; empty where there is none.
 
-    The file is separated by `;` and starts with a byte-order mark. Raises SegkitError if it lacks the two columns.
+    The file is separated by `;` and starts with a byte-order mark. Raises SegkitError if it lacks the two columns or
+    names another split.
     """
     path = Path(data_dir) / "meta.csv"
     if not path.is_file():
@@ -147,10 +163,13 @@ def read_meta_split(data_dir: str | Path) -> dict[str, str]:
                 raise SegkitError(
                     f"{path}: expected columns image_id and split, separated by ';', found {reader.fieldnames}"
                 )
-            rows = [(row["image_id"], (row["split"] or "").strip()) for row in reader]
+            rows = [((row["image_id"] or "").strip(), (row["split"] or "").strip().lower()) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise SegkitError(f"{path}: not readable as CSV ({error})") from error
-    return {name: split for name, split in rows if split in SPLITS}
+    unknown = sorted({split for _, split in rows} - {*SPLITS, ""})
+    if unknown:
+        raise SegkitError(f"{path}: expected the splits {', '.join(SPLITS)} or none, found {', '.join(unknown[:5])}")
+    return {name: split for name, split in rows if split}
 
 
 def select_subjects(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from segkit.dataset import Data
 from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
-from segkit.runs import write_json
+from segkit.runs import start_run, write_json
 from segkit.slices import SliceDataset, Targets, batches, epoch_order
 from segkit.unet import UNet2D
 from segkit.validation import as_row, validate
@@ -42,8 +42,17 @@ class TrainSettings:
     workers: int = 0  # processes that read slices ahead
 
     def checked(self) -> TrainSettings:
-        """These settings, or SegkitError that names the first that makes no sense."""
-        augment.check_target_shape(self.target_shape)
+        """These settings with shapes as tuples, or SegkitError that names the first that makes no sense."""
+        try:
+            features = tuple(int(width) for width in self.features)
+        except TypeError:
+            raise SegkitError(f"FEATURES = {self.features!r}: expected whole numbers like (32, 64, 128, 256)") from None
+        if not features or min(features) < 1 or features != tuple(self.features):
+            raise SegkitError(f"FEATURES = {self.features!r}: expected whole numbers of 1 or more")
+        target_shape = augment.check_target_shape(self.target_shape, len(features))
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise SegkitError(f"SEED = {self.seed!r}: expected a whole number of 0 or more")
+        pick_device(self.device)
         for name in ("epochs", "batch_size", "slices_per_epoch", "validation_slices"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -52,7 +61,7 @@ class TrainSettings:
             raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
         if not self.positive_weight_cap >= 1:
             raise SegkitError(f"POSITIVE_WEIGHT_CAP = {self.positive_weight_cap!r}: expected 1 (plain BCE) or more")
-        return self
+        return replace(self, target_shape=target_shape, features=features)
 
 
 History = list[dict]
@@ -68,17 +77,18 @@ def train(
 ) -> History:
     """Train a U-Net on the training part of `data.split`, validate after each epoch, write what is named below.
 
-    `output_dir` gets label_map.json, split.json and settings.json at the start; checkpoint_epochX.pth and
-    training_history.json after each epoch, when `on_epoch` is called too. Raises SegkitError for settings that make
-    no sense and for a loss that is no longer a number.
+    Files of an older run in `output_dir` move away first (`runs.start_run`). It gets label_map.json, split.json and
+    settings.json at the start; checkpoint_epochX.pth and training_history.json after each epoch, when `on_epoch` is
+    called too. Raises SegkitError for settings that make no sense and for a loss that is no longer a number.
     """
     settings = settings.checked()
     output_dir = Path(output_dir)
-    write_json(output_dir / "label_map.json", data.label_map)
-    write_json(output_dir / "split.json", {"data_dir": str(data.folder.resolve()), **data.split.to_json()})
-    write_json(output_dir / "settings.json", asdict(settings))
     network = {"in_channels": 1, "out_channels": len(data.label_map), "features": list(settings.features)}
     trainer = _Trainer(data, settings, network)
+    start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
+    write_json(output_dir / "label_map.json", data.label_map)
+    write_json(output_dir / "split.json", data.split_to_json())
+    write_json(output_dir / "settings.json", asdict(settings))
     history: History = []
     started = time.monotonic()
     for epoch in range(1, settings.epochs + 1):
@@ -111,7 +121,7 @@ class _Trainer:
 
     def __init__(self, data: Data, settings: TrainSettings, network: dict):
         self.settings = settings
-        self.target_shape = augment.check_target_shape(settings.target_shape)
+        self.target_shape = settings.target_shape
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
         self.dtype = fast_dtype(self.device)
@@ -146,6 +156,8 @@ class _Trainer:
             s.workers,
             progress,
         )
+        if not np.isfinite(validation.loss):
+            raise SegkitError(f"epoch {epoch}: the validation loss is {validation.loss}: lower LEARNING_RATE")
         return {
             "epoch": epoch,
             "steps": steps,

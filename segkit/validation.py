@@ -60,7 +60,8 @@ def validate(
             subject = data.where[order[position]][0]
             counts[subject] = counts.get(subject, 0) + of_slice
     scores = [macro_dice(at) for at in torch.stack(list(counts.values()), 1).cpu().numpy()]
-    best = int(np.argmax(np.nan_to_num([mean for mean, _ in scores])))
+    means = np.nan_to_num([mean for mean, _ in scores])
+    best = int(np.argmax(means)) if means.any() else THRESHOLDS.index(0.5)
     return Validation(loss / max(number, 1), *scores[best], THRESHOLDS[best])
 
 

@@ -43,6 +43,11 @@ def test_the_tour_names_every_room():
     assert set(tour()) == rooms and len(tour()) == len(rooms)
 
 
+def test_the_readme_names_every_room():
+    readme = (ROOT / "README.md").read_text()
+    assert [room for room in tour() if not re.search(rf"\b{room}(\.py|/)", readme)] == []
+
+
 def test_a_room_imports_only_from_rooms_above_it():
     order = {name: place for place, name in enumerate(tour())}
     wrong = [

@@ -135,14 +135,39 @@ def test_no_common_structure_is_an_error_that_says_so():
 
 def test_kept_predictions_come_back_and_missing_ones_are_named(subject, tmp_path):
     predictor = Predictor(Threshold(), LABELS, (64, 64), device="cpu")
-    part = Part(subject.name, ((4, 9),))
-    prediction = predictor.predict(subject, part)
-    evaluation.save_prediction(tmp_path, subject, part, prediction)
+    prediction = predictor.predict(subject)
+    evaluation.save_prediction(tmp_path, subject, prediction)
     back = evaluation.load_prediction(tmp_path, subject)
-    assert np.array_equal(back.mask("dense")[4:9], prediction.mask("dense"))
-    assert not back.codes[:4].any() and not back.codes[9:].any()
+    assert np.array_equal(back.codes, prediction.codes) and back.structures == prediction.structures
     with pytest.raises(SegkitError, match="no prediction of"):
         evaluation.load_prediction(tmp_path / "none", subject)
+
+
+def test_a_part_is_scored_on_its_slices_and_a_subject_without_common_structures_is_left_out(phantom_data):
+    subject = next(iter(phantom_data.staged.values()))
+    labels = {"liver": 0, "spleen": 1, "brain": 2}
+    predictor = Predictor(Threshold(), labels, (64, 64), device="cpu")
+    part = Part(subject.name, ((4, 40),))
+    scores = evaluation.evaluate(predictor, phantom_data.staged, [part], "test", progress=False)
+    reference = subject.labels().mask("liver")[4:40]
+    assert scores.set_index("structure").loc["liver", "reference_voxels"] == reference.sum()
+    foreign = Predictor(Threshold(), {"mine": 0, "yours": 1, "ours": 2}, (64, 64), device="cpu")
+    with pytest.warns(UserWarning, match="left out: subject"), pytest.raises(SegkitError, match="nothing to score"):
+        evaluation.evaluate(foreign, phantom_data.staged, [part], "test", progress=False)
+
+
+def test_a_test_set_that_holds_nothing_has_no_score_and_says_so(tmp_path):
+    from segkit.report import Report, headline
+
+    scores = score_subject("s0", "test", volume_of(prostate=[0, 0]), volume_of(prostate=[0, 1]))
+    summary = Report(scores, "test", tmp_path).summary(scores, tmp_path / "x.pth")
+    assert summary["prediction"]["macro_dice"] is None and "macro Dice no score" in headline(summary)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.5])
+def test_a_detection_threshold_that_finds_everything_is_refused(value):
+    with pytest.raises(SegkitError, match="DETECTED_DICE"):
+        score_subject("s0", "test", volume_of(liver=[1]), volume_of(liver=[1]), value)
 
 
 def test_a_perfect_network_scores_one_on_its_own_predictions(subject):

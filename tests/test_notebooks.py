@@ -84,7 +84,7 @@ def test_on_the_real_torso(torso_dir, tmp_path):
     for pattern in FILES:
         assert len(list(tmp_path.glob(pattern))) == 1, pattern
     scores = pd.read_csv(next(tmp_path.glob("evaluation_results_*.csv")))
-    assert set(scores["split"]) == {"test"} and len(scores) == 117
+    assert set(scores["split"]) == {"val"} and len(scores) == 117
     # 61 structures are in the scan, some of them only in slabs that train
     assert 55 <= scores["present"].sum() <= 61
     split = json.loads((tmp_path / "split.json").read_text())

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_open_data_discovers_what_is_there(phantom_data):
 
 def run_of(data, folder):
     runs.write_json(folder / "label_map.json", data.label_map)
-    runs.write_json(folder / "split.json", {"data_dir": str(data.folder), **data.split.to_json()})
+    runs.write_json(folder / "split.json", data.split_to_json())
 
 
 def test_open_run_takes_the_split_that_training_wrote(phantom_data, tmp_path):
@@ -100,6 +101,27 @@ def test_open_run_on_another_data_set_takes_all_of_it(phantom_data, tmp_path):
     assert data.split.test == (Part("x1"), Part("x2")) and data.label_map == phantom_data.label_map
 
 
+def test_training_subjects_stay_training_subjects_when_the_data_move(phantom_data, tmp_path):
+    run_of(phantom_data, tmp_path)
+    shutil.copytree(phantom_data.folder, tmp_path / "moved")
+    data = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "moved", progress=False)
+    assert data.split == phantom_data.split and data.folder == tmp_path / "moved"
+
+
+def test_what_no_training_subject_annotates_is_not_learned_and_named(tmp_path):
+    full = np.ones((3, 3, 3))
+    for name, masks in (("a", ["liver"]), ("b", ["liver", "aorta"]), ("c", ["liver", "spleen"])):
+        write_subject(tmp_path / "data" / name, dict.fromkeys(masks, full))
+    (tmp_path / "data" / "meta.csv").write_text("image_id;split\na;train\nb;val\nc;test\n")
+    data = dataset.open_data(tmp_path / "data", tmp_path / "staged", progress=False)
+    assert data.label_map == {"liver": 0}
+    assert data.problems == ["no training subject annotates aorta, spleen: they cannot be learned"]
+    with pytest.raises(SegkitError, match="spleen, which no training subject has"):
+        dataset.open_data(tmp_path / "data", tmp_path / "staged", structures=["spleen"], progress=False)
+    with pytest.raises(SegkitError, match="expected a list of names"):
+        dataset.open_data(tmp_path / "data", tmp_path / "staged", structures="liver", progress=False)
+
+
 def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
     with pytest.raises(SegkitError, match=r"label_map\.json is missing: no training run"):
         dataset.open_run(tmp_path, tmp_path / "staged")
@@ -109,6 +131,8 @@ def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
     runs.write_json(tmp_path / "split.json", content)
     with pytest.raises(SegkitError, match=r"split\.json are missing: s9999"):
         dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+    with pytest.raises(SegkitError, match="MAX_SUBJECTS"):
+        dataset.open_run(tmp_path, tmp_path / "staged", max_subjects=0)
     (tmp_path / "split.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"split\.json: damaged"):
         dataset.open_run(tmp_path, tmp_path / "staged", progress=False)

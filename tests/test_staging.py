@@ -135,6 +135,15 @@ def other_orientation(folder):
     write_nifti(folder / "segmentations" / "liver.nii.gz", np.ones((4, 5, 6), np.uint8), affine)
 
 
+def nan_mask(folder):
+    write_nifti(folder / "segmentations" / "liver.nii.gz", np.full((4, 5, 6), np.nan, np.float32))
+
+
+def dangling_link(folder):
+    (folder / "segmentations" / "liver.nii.gz").unlink()
+    (folder / "segmentations" / "liver.nii.gz").symlink_to(folder / "gone")
+
+
 def cut_short(folder):
     path = folder / "segmentations" / "liver.nii.gz"
     path.write_bytes(path.read_bytes()[:-10])
@@ -148,6 +157,8 @@ def cut_short(folder):
         (other_shape, r"liver\.nii\.gz: another grid"),
         (other_place, r"liver\.nii\.gz: another grid.*1\.50 mm apart"),
         (other_orientation, r"liver\.nii\.gz: another grid.*found .*LAS"),
+        (nan_mask, r"liver\.nii\.gz: holds NaN"),
+        (dangling_link, r"liver\.nii\.gz: cannot be read"),
         (cut_short, r"liver\.nii\.gz: damaged or cut short"),
     ],
 )
@@ -156,7 +167,7 @@ def test_a_bad_subject_is_named_skipped_and_leaves_nothing(two_subjects, tmp_pat
     subjects, _ = find_subjects(two_subjects)
     with pytest.raises(SubjectError, match=f"subject s0001: .*{says}"):
         stage_subject(subjects[1], tmp_path / "single")
-    assert list((tmp_path / "single").iterdir()) == []
+    assert not list((tmp_path / "single").glob("*"))
     staged, problems = stage(subjects, tmp_path / "store", progress=False)
     assert [s.name for s in staged] == ["s0000"] and len(problems) == 1 and "s0001" in problems[0]
     with pytest.raises(SegkitError, match="none of the 1 subjects"):
@@ -187,6 +198,12 @@ def test_a_damaged_store_is_named_or_staged_again(two_subjects, tmp_path):
         again.labels()
     (staged.folder / "subject.json").write_text("{")
     assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.5])
+def test_jobs_are_a_whole_number(two_subjects, tmp_path, jobs):
+    with pytest.raises(SegkitError, match="JOBS"):
+        stage(find_subjects(two_subjects)[0], tmp_path / "store", jobs=jobs)
 
 
 def test_the_store_may_not_lie_inside_the_data(two_subjects):

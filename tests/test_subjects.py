@@ -32,10 +32,11 @@ def test_finds_subjects_and_names_what_is_left_out(tmp_path):
     write_subject(tmp_path / "bad_mask", {"=cmd": MASK["liver"]})
     (tmp_path / "notes").mkdir()
     (tmp_path / "s0000" / "segmentations" / "._liver.nii.gz").touch()  # macOS leaves such files in archives
+    (tmp_path / "s0001" / "segmentations" / "colon.nii").touch()
     subjects, problems = find_subjects(tmp_path)
     assert [subject.name for subject in subjects] == ["s0000", "s0001"]
     assert list(subjects[1].masks) == ["aorta", "liver"] and list(subjects[0].masks) == ["liver"]
-    assert len(problems) == 4
+    assert len(problems) == 5 and any("colon.nii: no .nii.gz" in problem for problem in problems)
     assert any("no_ct" in problem and "ct.nii.gz is missing" in problem for problem in problems)
 
 
@@ -54,8 +55,11 @@ def test_a_path_without_subjects_says_what_was_expected_and_found(tmp_path):
 def test_meta_csv_of_the_data_set_with_byte_order_mark(tmp_path):
     assert read_meta_split(tmp_path) == {}
     path = tmp_path / "meta.csv"
-    path.write_bytes("\ufeffimage_id;age;split\r\ns0000;50;train\r\ns0001;;val\r\ns0002;3;other\r\n".encode())
+    path.write_bytes("\ufeffimage_id;age;split\r\ns0000;50;train\r\n s0001 ;;Val\r\ns0002;3;\r\n".encode())
     assert read_meta_split(tmp_path) == {"s0000": "train", "s0001": "val"}
+    path.write_text("image_id;split\ns0000;validation\n")
+    with pytest.raises(SegkitError, match=r"meta\.csv: expected the splits train, val, test or none, found validation"):
+        read_meta_split(tmp_path)
     path.write_text("image_id,split\ns0000,train\n")
     with pytest.raises(SegkitError, match=r"meta\.csv: expected columns image_id and split"):
         read_meta_split(tmp_path)
@@ -73,6 +77,9 @@ def test_meta_csv_decides_and_who_is_not_in_it_trains():
 def test_without_validation_a_seeded_share_of_train_and_without_test_the_validation():
     slices = {f"s{i:02d}": 5 for i in range(20)}
     split = make_split(slices, {}, seed=3)
+    assert (
+        split.test_name == "val" and make_split({"a": 1, "b": 1, "c": 1}, {"b": "val", "c": "test"}).test_name == "test"
+    )
     assert len(split.val) == 2 and split.test == split.val and len(split.train) == 18
     assert not set(names(split.train)) & set(names(split.val))
     assert make_split(slices, {}, seed=3) == split != make_split(slices, {}, seed=4)

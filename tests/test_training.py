@@ -94,6 +94,12 @@ def test_validation_counts_by_hand():
         {"target_shape": (30, 32)},
         {"positive_weight_cap": 0.5},
         {"slices_per_epoch": 0},
+        {"features": 32},
+        {"features": (8, 0)},
+        {"target_shape": 256},
+        {"target_shape": (48, 48), "features": (4, 4, 4, 4, 4)},
+        {"seed": -1},
+        {"device": "cuda:77"},
         {"learning_rate": float("nan")},
     ],
 )
@@ -109,6 +115,27 @@ def test_a_loss_that_is_no_number_stops_with_the_slices_named(phantom_data, tmp_
     assert not list(tmp_path.glob("checkpoint*"))
 
 
-def test_a_device_that_is_not_there_is_named(phantom_data, tmp_path):
+def test_settings_that_stop_a_run_leave_the_older_one_in_place(phantom_data, tmp_path):
+    (tmp_path / "checkpoint_epoch1.pth").write_text("older")
     with pytest.raises(SegkitError, match="DEVICE = 'cuda:77'"):
         train(phantom_data, TrainSettings(device="cuda:77"), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_epoch1.pth"]
+
+
+def test_a_diverged_model_is_not_saved(phantom_data, tmp_path):
+    wild = TrainSettings(**{**SMALL.__dict__, "learning_rate": 1e30, "slices_per_epoch": 4})
+    with pytest.raises(SegkitError, match="LEARNING_RATE"):
+        train(phantom_data, wild, tmp_path, progress=False)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_the_threshold_is_one_half_where_nothing_was_scored(phantom_data):
+    from segkit.losses import ModelWithLoss
+    from segkit.slices import SliceDataset
+    from segkit.unet import UNet2D
+    from segkit.validation import validate
+
+    data = SliceDataset(phantom_data.staged, phantom_data.split.val, {"my_own": 0})
+    model = ModelWithLoss(UNet2D(1, 1, (2, 2)), torch.ones(1))
+    result = validate(model, data, (32, 32), torch.float32, 4, slices=4, progress=False)
+    assert result.threshold == 0.5 and np.isnan(result.dice) and result.structures == 0

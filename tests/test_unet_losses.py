@@ -135,6 +135,14 @@ def test_a_batch_without_any_annotation_gives_zero_and_no_gradient():
     assert not torch.autograd.grad(total, features)[0].any()
 
 
+def test_without_gradients_none_are_computed():
+    features, head, targets, weight = random_case(7)
+    with torch.no_grad():
+        total, number = head_bce_sum(features, head, targets, weight)
+    assert total.grad_fn is None
+    assert torch.allclose(total / number, dense_loss(features, head, targets, weight))
+
+
 def test_model_with_loss_trains_all_parameters():
     model = ModelWithLoss(UNet2D(1, 3, (4, 8)), torch.ones(3))
     targets = Targets(torch.randint(0, 2, (2, 8, 8)), torch.tensor([[[0, 0, 0], [1, 0, 1]]] * 2).bool(),

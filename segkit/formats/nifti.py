@@ -1,4 +1,4 @@
-"""NIfTI in and out: checked reading, and the canonical grid that everything after it uses.
+"""NIfTI: checked reading, and the canonical grid that everything after it uses.
 
 The canonical grid is RAS+ with the axial slices first: an array `volume[z, y, x]` whose z grows towards the head, y to
 the front and x to the patient's right. Its voxels are the source's own, only turned round: nothing is resampled, so
@@ -106,12 +106,3 @@ def _checked(volume: np.ndarray, affine: np.ndarray, where: str) -> tuple[np.nda
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise SubjectError(f"{where}: its affine does not place the voxels in space: {affine[:3].round(3).tolist()}")
     return volume, Grid(tuple(int(n) for n in volume.shape), affine)
-
-
-def write_volume(path: Path, volume: np.ndarray, grid: Grid) -> None:
-    """Write an array (i, j, k) on its grid as `.nii.gz`, under a temporary name first: it is whole or not there."""
-    image = nib.Nifti1Image(volume, grid.affine)
-    image.header.set_xyzt_units("mm")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(igzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-    temporary.replace(path)
