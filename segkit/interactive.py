@@ -39,7 +39,7 @@ class LiveHistory:
 
 def show_page(page: Path, height: int = 700) -> IFrame:
     """An HTML page inside the notebook, loaded from its file: the notebook stays small."""
-    return IFrame(os.path.relpath(page, Path.cwd()), width="100%", height=height)
+    return IFrame(Path(os.path.relpath(page)).as_posix(), width="100%", height=height)
 
 
 def slice_browser(title: str, hu: np.ndarray, volumes: Mapping[str, CodeVolume], spacing_mm: tuple) -> widgets.VBox:
