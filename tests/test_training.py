@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segkit import training, validation
 from segkit.augment import NO_AUGMENTATION
@@ -83,6 +85,23 @@ def test_validation_counts_by_hand():
     two = np.array([[[1, 0, 0], [1, 3, 0], [1, 0, 0]], [[2, 0, 0], [0, 0, 5], [0, 4, 0]]])
     mean, number = validation.macro_dice(two)
     assert mean == pytest.approx((0.75 + 0) / 2) and number == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31))
+def test_validation_counts_equal_those_of_dense_planes(seed):
+    g = torch.Generator().manual_seed(seed)
+    table = torch.rand(2, 6, 5, generator=g) < 0.3
+    table[:, 0] = False
+    targets = Targets(torch.randint(0, 6, (2, 4, 7), generator=g), table, torch.rand(2, 5, generator=g) < 0.7)
+    logits = 3 * torch.randn(2, 5, 4, 7, generator=g)
+    counts = validation.count_slices(logits, targets)
+    inside = targets.dense()
+    for place, threshold in enumerate(validation.THRESHOLDS):
+        predicted = torch.sigmoid(logits.double()) > threshold
+        expected = [predicted & inside, predicted & ~inside, ~predicted & inside]
+        expected = torch.stack([planes.sum((2, 3)) for planes in expected], 1) * targets.annotated[:, None]
+        assert torch.equal(counts[:, place], expected)
 
 
 @pytest.mark.parametrize(
