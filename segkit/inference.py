@@ -40,7 +40,7 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.label_map = dict(label_map)
         self.structures = tuple(sorted(label_map, key=label_map.get))
-        self.target_shape = augment.check_target_shape(target_shape)
+        self.target_shape = tuple(target_shape)  # the network itself refuses a shape that it cannot halve
         self.logit_threshold = float(np.log(threshold / (1 - threshold)))
         self.batch_size = batch_size
 
@@ -64,16 +64,14 @@ class Predictor:
             return self.model(images.contiguous(memory_format=torch.channels_last)).float()
 
 
-def round_trip(
-    subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int], part: Part | None = None
-) -> CodeVolume:
+def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int]) -> CodeVolume:
     """The reference itself after going through `target_shape` and back: what the network's grid makes of it.
 
     Its masks on the network's grid are brought back in the way of a prediction's logits, as +1 inside and -1 outside.
     """
     held = [name for name in structures if subject.voxels.get(name)]
     label_map = {name: channel for channel, name in enumerate(held)}
-    data = SliceDataset({subject.name: subject}, [part or Part(subject.name)], label_map)
+    data = SliceDataset({subject.name: subject}, [Part(subject.name)], label_map)
     loader = batches(data, range(len(data)), 8)
     targets = ((augment.to_network(batch, target_shape)[1], batch) for batch in loader)
     return _gather(((held, target.dense().float() * 2 - 1, batch) for target, batch in targets), structures, 0.0)
