@@ -2,13 +2,14 @@
 
 The files in the order in which data walk through them; each imports only from those above it:
 
-    errors.py        what is raised when something from outside cannot be used
+    errors.py        what is raised, and what is reported, when something from outside is not as it should be
     labels.py        structures <-> channels, groups, colours, left/right partners
     codes.py         masks <-> one code volume with its codebook, lossless
-    formats/         files of others: nifti.py reads and writes NIfTI on a canonical grid
+    formats/         files of others: NIfTI on a canonical grid, and the ways in which people keep labels
     phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
     runs.py          where a run's files go; files that are whole or not there
-    subjects.py      find, choose and split subject folders
+    subjects.py      find, choose and split the subjects of a data set
+    reading.py       a subject's files -> HU and label codes, checked
     staging.py       subject folder -> staged store, a compressed chunk a slice
     dataset.py       a data folder made ready in one call
     slices.py        staged subjects -> batches of slices with their codes

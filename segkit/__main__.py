@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from segkit.errors import SegkitError
+from segkit.errors import Finding, SegkitError
 
 OUTPUTS = Path("outputs")
 
@@ -198,9 +198,9 @@ def check() -> None:
     check_installation()
 
 
-def _report(problems: list[str]) -> None:
+def _report(problems: list[Finding]) -> None:
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"{problem.severity}: {problem}", file=sys.stderr)
 
 
 def main() -> None:

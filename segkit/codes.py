@@ -6,7 +6,8 @@ Code k stands for the set of structures `codebook[k]`: single structures and eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,14 +82,20 @@ class CodeWriter:
         rows[:, columns] = volume.codebook
         return np.array([self.code(row) for row in rows], np.uint32)[volume.codes]
 
-    def finish(self, codes: np.ndarray) -> CodeVolume:
-        """A CodeVolume with the codes renumbered: only sets that occur, small sets first, in the smallest dtype."""
-        occurring = np.union1d([0], np.flatnonzero(np.bincount(codes.ravel(), minlength=len(self.rows))))
+    def finish(self, codes: np.ndarray, voxels: np.ndarray | None = None) -> CodeVolume:
+        """A CodeVolume with the codes renumbered: only sets that occur, small sets first, in the smallest dtype.
+
+        `voxels`, the number of voxels of each code where it is known, saves counting them.
+        """
+        voxels = np.bincount(codes.ravel(), minlength=len(self.rows)) if voxels is None else voxels
+        occurring = np.union1d([0], np.flatnonzero(voxels))
         table = np.array(self.rows)[occurring]
         # single structures first, in column order, then the overlaps: the same masks always give the same codes
         order = np.array(sorted(range(len(table)), key=lambda k: (table[k].sum(), table[k].nonzero()[0].tolist())))
         renumbered = np.zeros(len(self.rows), smallest_dtype(len(table)))
         renumbered[occurring[order]] = np.arange(len(table))
+        if np.array_equal(renumbered, np.arange(len(renumbered))) and codes.dtype == renumbered.dtype:
+            return CodeVolume(codes, table[order], self.structures)
         return CodeVolume(renumbered[codes], table[order], self.structures)
 
 
@@ -101,32 +108,70 @@ def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], orde
     """One CodeVolume of `shape` from (name, mask) pairs, each mask bool or number of that shape; > 0 is inside.
 
     Masks are taken one at a time, so that a generator keeps the memory at one mask. `order` is the memory layout of
-    the result; masks of the same layout ("F" as NIfTI stores them) are read without a copy. Raises SegkitError for a
-    mask of another shape or a name that comes twice.
+    the result. Raises SegkitError for a mask of another shape or a name that comes twice.
     """
-    flat = np.zeros(int(np.prod(shape)), np.uint16)
+
+    def places() -> Iterator[tuple[str, np.ndarray]]:
+        for name, mask in masks:
+            if mask.shape != tuple(shape):
+                raise SegkitError(f"mask {name!r}: expected the shape {tuple(shape)}, found {mask.shape}")
+            yield name, places_inside(mask, order)
+
+    return encode_places(places(), shape, order)
+
+
+def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+    """As `encode`, from (name, where the mask is above 0 in a flat volume of memory layout `order`) pairs."""
+    flat = np.zeros(math.prod(shape), np.uint8)
     names: list[str] = []
-    sets: list[tuple[int, ...]] = [()]
+    sets: list[tuple[int, ...]] = [()]  # columns of the members of each code
     code_of: dict[tuple[int, ...], int] = {(): 0}
-    for column, (name, mask) in enumerate(masks):
-        if mask.shape != tuple(shape) or name in names:
-            raise SegkitError(f"mask {name!r}: expected one mask of shape {tuple(shape)}, found {mask.shape}")
+    voxels = [flat.size]  # of each code
+    for column, (name, inside) in enumerate(places):
+        if name in names:
+            raise SegkitError(f"mask {name!r}: comes twice")
         names.append(name)
-        inside = np.flatnonzero(mask.ravel(order=order) > 0)
         before = flat[inside]
-        after = np.empty_like(before, np.uint32)
-        for old in np.unique(before):
+        seen = np.bincount(before, minlength=len(sets))
+        after = np.zeros(len(sets), np.uint32)
+        for old in np.flatnonzero(seen).tolist():
             joined = (*sets[old], column)
-            code = code_of.setdefault(joined, len(sets))
-            if code == len(sets):
+            after[old] = code_of.setdefault(joined, len(sets))
+            if after[old] == len(sets):
                 sets.append(joined)
-            after[before == old] = code
-        if len(sets) > np.iinfo(flat.dtype).max:
-            flat = flat.astype(np.uint32)
-        flat[inside] = after
+                voxels.append(0)
+            voxels[old] -= int(seen[old])
+            voxels[after[old]] += int(seen[old])
+        flat = flat.astype(np.promote_types(flat.dtype, smallest_dtype(len(sets))), copy=False)
+        flat[inside] = after[before]
     writer = CodeWriter(names)
-    code_in_writer = np.array([writer.code(np.isin(np.arange(len(names)), members)) for members in sets])
-    return writer.finish(code_in_writer.astype(smallest_dtype(len(sets)))[flat].reshape(shape, order=order))
+    for members in sets[1:]:
+        row = np.zeros(len(names), bool)
+        row[list(members)] = True
+        writer.code(row)
+    return writer.finish(flat.reshape(shape, order=order), np.array(voxels))
+
+
+_BLOCK = 512  # words of eight bytes that are looked at together
+
+
+def places_inside(mask: np.ndarray, order: str = "C") -> np.ndarray:
+    """Where a mask is above 0, rising, as places in its flat memory of layout `order` ("F" as NIfTI stores it).
+
+    Masks are nearly empty: blocks of zeros are passed at the speed of memory, without a copy.
+    """
+    flat = mask.ravel(order=order)
+    if flat.dtype not in (np.uint8, np.bool_):
+        flat = flat > 0
+    content = flat.view(np.uint8)
+    whole = content.size // (8 * _BLOCK)
+    words = content[: whole * 8 * _BLOCK].view(np.uint64).reshape(whole, _BLOCK)
+    blocks = np.flatnonzero(np.bitwise_or.reduce(words, axis=1)) if whole else np.zeros(0, np.intp)
+    hits = np.flatnonzero(words[blocks])
+    hits = blocks[hits // _BLOCK] * _BLOCK + hits % _BLOCK
+    byte = np.flatnonzero(words.view(np.uint8).reshape(-1, 8)[hits])
+    rest = np.flatnonzero(content[whole * 8 * _BLOCK :]) + whole * 8 * _BLOCK
+    return np.concatenate([hits[byte // 8] * 8 + byte % 8, rest])
 
 
 def codebook_to_json(volume: CodeVolume) -> dict:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from segkit.errors import SegkitError
+from segkit.errors import Finding, SegkitError, SubjectError
 from segkit.labels import load_label_map, make_label_map
 from segkit.phantom import write_phantoms
 from segkit.runs import make_folder
 from segkit.staging import StagedSubject, stage, structures_in
-from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, read_meta_split, select_subjects
+from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, select_subjects
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Data:
     staged: dict[str, StagedSubject]
     split: Split
     label_map: dict[str, int]
-    problems: list[str]
+    problems: list[Finding]
 
     def overview(self) -> pd.DataFrame:
         """A row a subject: its splits, slices, spacing, orientation of the files, structures, and notes of staging."""
@@ -84,25 +84,29 @@ def open_data(
     exclude: Sequence[str] = (),
     structures: Sequence[str] | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = 1,
     progress: bool = True,
+    strict: bool = False,
 ) -> Data:
     """Find, choose and stage the subjects of `data_dir`, discover the label map and make the split.
 
     max_subjects, exclude, structures: as MAX_SUBJECTS, EXCLUDE and STRUCTURES of the notebook limit what is used.
-    Raises SegkitError where the folder, a setting or every subject is unusable; single unusable subjects are named in
-    `Data.problems`.
+    jobs: as in `staging.stage`. Raises SegkitError where the folder, a setting or every subject is unusable; single
+    unusable subjects are named in `Data.problems`, or raised as SubjectError with `strict`.
     """
     subjects, problems = find_subjects(data_dir)
-    meta_split = read_meta_split(data_dir)
-    chosen = select_subjects(subjects, meta_split, exclude, max_subjects, seed)
-    staged, left_out = stage(chosen, stage_dir, jobs, progress)
+    if strict and problems:
+        raise SubjectError(problems[0])
+    chosen = select_subjects(subjects, exclude, max_subjects, seed)
+    staged, left_out = stage(chosen, stage_dir, jobs, progress, strict)
     by_name = {subject.name: subject for subject in staged}
-    split = make_split({subject.name: subject.shape[0] for subject in staged}, meta_split, seed)
+    given = {subject.name: subject.split for subject in chosen if subject.split}
+    split = make_split({subject.name: subject.shape[0] for subject in staged}, given, seed)
     learnable = structures_in([by_name[part.subject] for part in split.train])
     not_learnable = sorted(set(structures_in(staged)) - set(learnable))
     if not_learnable:
-        left_out.append(f"no training subject annotates {', '.join(not_learnable)}: they cannot be learned")
+        text = f"no training subject annotates {', '.join(not_learnable)}: they cannot be learned"
+        left_out.append(Finding("", "warning", "not learnable", text))
     return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out)
 
 
@@ -111,13 +115,13 @@ def open_run(
     stage_dir: str | Path,
     data_dir: str | Path | None = None,
     max_subjects: int | None = None,
-    jobs: int = 1,
+    jobs: int | None = 1,
     progress: bool = True,
 ) -> Data:
     """The data of the training run in `output_dir`, with its own label map and split; what the analysis opens.
 
-    `data_dir` may be where these data lie now, or another data set: then its test subjects are taken as its meta.csv
-    names them, or all of them. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run
+    `data_dir` may be where these data lie now, or another data set: then the test subjects that it names are taken,
+    or all of its subjects. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run
     or its data are gone.
     """
     output_dir = Path(output_dir)
@@ -136,9 +140,7 @@ def open_run(
     subjects, problems = find_subjects(folder)
     # by name and size of the scan, not by folder: training subjects stay training subjects when data move
     if not any(known.get(subject.name) == subject.ct.stat().st_size for subject in subjects):
-        names = [subject.name for subject in subjects]
-        meta_split = read_meta_split(folder)
-        test = [name for name in names if meta_split.get(name) == "test"] or names
+        test = [s.name for s in subjects if s.split == "test"] or [s.name for s in subjects]
         split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
     split = replace(split, test=split.test[:max_subjects])
     tested = [subject for subject in subjects if subject.name in {part.subject for part in split.test}]

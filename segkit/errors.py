@@ -1,4 +1,14 @@
-"""What segkit raises when something from outside cannot be used: its message names the file and says what to do."""
+"""What segkit raises, and what it reports, when something from outside is not as it should be.
+
+Messages name the subject and the file, what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEVERITIES = ("error", "warning", "info")
+"""error: the subject cannot be used; warning: it is used, look at it; info: as it should be, good to know."""
 
 
 class SegkitError(ValueError):
@@ -7,3 +17,36 @@ class SegkitError(ValueError):
 
 class SubjectError(SegkitError):
     """One subject cannot be used. Work on many subjects reports it and goes on with the others."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found in the files of a subject. As text: its message, which names subject and file."""
+
+    subject: str
+    severity: str  # one of SEVERITIES
+    kind: str  # a few words that are the same for all findings of the kind, for tables
+    message: str
+    structure: str = ""  # where it is about one structure; "a + b" where about two
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Findings(list[Finding]):
+    """What reading one subject found, in the order in which it was found."""
+
+    def __init__(self, subject: str):
+        super().__init__()
+        self.subject = subject
+
+    def add(self, severity: str, kind: str, message: object, structure: str = "") -> None:
+        """Put one more on the list; `message` starts with the file, the subject is put before it."""
+        text = str(message)
+        named = text if text.startswith(f"subject {self.subject}:") else f"subject {self.subject}: {text}"
+        self.append(Finding(self.subject, severity, kind, named, structure))
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those for which the subject cannot be used."""
+        return [finding for finding in self if finding.severity == "error"]

@@ -1,39 +1,51 @@
-"""Find subject folders in the TotalSegmentator layout, choose among them, and split them by subject."""
+"""Find the subjects of a data set, choose among them, and split them by subject."""
 
 from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from segkit.errors import SegkitError, SubjectError
+from segkit.errors import Finding, SegkitError, SubjectError
+from segkit.formats import LabelSource
+from segkit.formats.label_image import find_label_image
+from segkit.formats.mask_files import MaskFiles, find_mask_files
+from segkit.formats.nifti import ENDINGS
+from segkit.formats.nnunet import Case, find_cases, is_nnunet_folder
 from segkit.labels import check_name
 
 SPLITS = ("train", "val", "test")
 SLAB_SLICES = 8
 """Thickness of the slabs into which a single subject is split, in slices."""
 
-_LAYOUT = "expected folders like s0000/ with ct.nii.gz and segmentations/<structure>.nii.gz inside"
+_LAYOUT = (
+    "expected folders like s0000/ with ct.nii.gz and segmentations/<structure>.nii.gz inside, or nnU-Net's imagesTr, "
+    "labelsTr and dataset.json"
+)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject on disk: its CT and the mask file of each annotated structure."""
+    """One subject on disk: its CT, its labels, and the split that the data set gives it, if any."""
 
     name: str
-    folder: Path
-    masks: Mapping[str, Path]  # structure -> file, sorted by name
+    data_dir: Path  # the folder of the whole data set
+    ct: Path
+    labels: LabelSource
+    split: str | None = None  # one of SPLITS
 
     @property
-    def ct(self) -> Path:
-        return self.folder / "ct.nii.gz"
+    def structures(self) -> tuple[str, ...]:
+        """The annotated structures, sorted."""
+        return self.labels.structures
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything that is read for this subject."""
-        return (self.ct, *self.masks.values())
+        return (self.ct, *self.labels.files)
 
 
 @dataclass(frozen=True)
@@ -87,54 +99,81 @@ class Split:
             ) from error
 
 
-def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[str]]:
-    """The usable subject folders of a data set, sorted by name, and a sentence for each that is not usable.
+def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
+    """The usable subjects of a data set, sorted by name, and what keeps others from being usable.
 
-    Raises SegkitError if the path is no folder or holds no subject at all.
+    A data set is a folder of subject folders (`sXXXX/ct.nii.gz` with `segmentations/<structure>.nii.gz`, or with one
+    label image, see `segkit.formats.label_image`) or an nnU-Net raw folder. Raises SegkitError if the path is no folder
+    or holds no subject at all, and for an unreadable `meta.csv` or `dataset.json`.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the folder that holds the subjects")
-    subjects, problems = [], []
-    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    candidates = _nnunet_cases(data_dir) if is_nnunet_folder(data_dir) else _subject_folders(data_dir)
+    subjects: dict[str, Subject] = {}
+    problems: list[Finding] = []
+    for name, open_subject in candidates:
         try:
-            if (folder / "ct.nii.gz").is_file() or (folder / "segmentations").is_dir():
-                subjects.append(_open_subject(folder))
-                problems += _unread_files(subjects[-1])
+            if check_name(name) in subjects:
+                raise SubjectError(f"{subjects[name].ct} and {data_dir / 'imagesTs'} have the same name")
+            subjects[name] = open_subject()
+            problems += _unread_files(subjects[name])
         except SegkitError as error:
-            problems.append(str(error))
+            problems.append(_layout(name, error))
         except OSError as error:
-            problems.append(f"{folder}: cannot be read ({error.strerror}); left out")
+            problems.append(_layout(name, f"{error.filename}: cannot be read ({error.strerror})"))
     if not subjects:
-        found = "; ".join(problems[:3]) or _what_is_there(data_dir)
+        found = "; ".join(map(str, problems[:3])) or _what_is_there(data_dir)
         raise SegkitError(f"{data_dir}: no subjects: {_LAYOUT}; found {found}")
-    return subjects, problems
+    return [subjects[name] for name in sorted(subjects)], problems
 
 
-def _open_subject(folder: Path) -> Subject:
-    check_name(folder.name)
-    if not (folder / "ct.nii.gz").is_file():
-        raise SubjectError(
-            f"subject {folder.name}: {folder / 'ct.nii.gz'} is missing, segmentations/ is there; left out"
-        )
-    masks = {
-        path.name.removesuffix(".nii.gz"): path for path in sorted((folder / "segmentations").glob("[!.]*.nii.gz"))
-    }
-    if not masks:
-        raise SubjectError(f"subject {folder.name}: {folder / 'segmentations'} holds no <structure>.nii.gz; left out")
-    for name in masks:
-        try:
-            check_name(name)
-        except SegkitError as error:
-            raise SubjectError(f"subject {folder.name}: {masks[name]}: {error}; left out") from error
-    return Subject(folder.name, folder, masks)
+def _layout(name: str, message: object) -> Finding:
+    text = str(message)
+    return Finding(name, "error", "layout", text if text.startswith("subject ") else f"subject {name}: {text}")
 
 
-def _unread_files(subject: Subject) -> list[str]:
-    """A sentence for each mask file that is not in the one format that is read: its structure is not annotated then."""
-    folder = subject.folder / "segmentations"
-    others = sorted({path for path in folder.glob("[!.]*") if path.is_file()} - set(subject.masks.values()))
-    return [f"subject {subject.name}: {path}: no .nii.gz, its structure counts as not annotated" for path in others]
+def _subject_folders(data_dir: Path) -> Iterator[tuple[str, Callable[[], Subject]]]:
+    meta_split = read_meta_split(data_dir)
+    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        cts = [folder / f"ct{ending}" for ending in ENDINGS if (folder / f"ct{ending}").is_file()]
+        if cts or (folder / "segmentations").is_dir():
+            yield folder.name, partial(_open_folder, folder, cts, meta_split.get(folder.name))
+
+
+def _open_folder(folder: Path, cts: Sequence[Path], split: str | None) -> Subject:
+    if len(cts) != 1:
+        found = "ct.nii.gz is missing" if not cts else "ct.nii.gz and ct.nii are both there: keep one"
+        raise SubjectError(f"subject {folder.name}: {folder}: {found}")
+    if (folder / "segmentations").is_dir():
+        labels = find_mask_files(folder / "segmentations", folder.name)
+    else:
+        labels = find_label_image(folder, cts[0], folder.name, folder.parent / "labels.json")
+    return Subject(folder.name, folder.parent, cts[0], labels, split)
+
+
+def _nnunet_cases(data_dir: Path) -> Iterator[tuple[str, Callable[[], Subject]]]:
+    for case in find_cases(data_dir):
+        yield case.name, partial(_open_case, data_dir, case)
+
+
+def _open_case(data_dir: Path, case: Case) -> Subject:
+    if case.labels is None:
+        raise SubjectError(f"subject {case.name}: {case.ct}: has no label file")
+    return Subject(case.name, data_dir, case.ct, case.labels, case.split)
+
+
+def _unread_files(subject: Subject) -> list[Finding]:
+    """What else lies among the masks: its structure is not annotated then."""
+    folder = subject.ct.parent / "segmentations"
+    if not isinstance(subject.labels, MaskFiles):
+        return []
+    others = sorted({path for path in folder.glob("[!.]*") if path.is_file()} - set(subject.labels.files))
+    text = "is no NIfTI file by its name; a structure of that name counts as not annotated"
+    return [
+        Finding(subject.name, "warning", "layout", f"subject {subject.name}: {path}: {text}", path.name)
+        for path in others
+    ]
 
 
 def _what_is_there(data_dir: Path) -> str:
@@ -174,14 +213,13 @@ def read_meta_split(data_dir: str | Path) -> dict[str, str]:
 
 def select_subjects(
     subjects: Sequence[Subject],
-    meta_split: Mapping[str, str],
     exclude: Sequence[str] = (),
     max_subjects: int | None = None,
     seed: int = 0,
 ) -> list[Subject]:
     """Leave out `exclude`, then keep at most `max_subjects`: a seeded draw that keeps each split's share.
 
-    From three subjects on, every split that `meta_split` names keeps at least one. Raises SegkitError for a name in
+    From three subjects on, every split that the data set names keeps at least one. Raises SegkitError for a name in
     `exclude` that does not exist, for a maximum below one and if nothing is left.
     """
     unknown = sorted(set(exclude) - {subject.name for subject in subjects})
@@ -196,7 +234,7 @@ def select_subjects(
         raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
     drawn = kept[:]
     random.Random(f"{seed} select").shuffle(drawn)
-    groups = {split: [s for s in drawn if meta_split.get(s.name, "train") == split] for split in SPLITS}
+    groups = {split: [s for s in drawn if (s.split or "train") == split] for split in SPLITS}
     # taking the least served split first gives each its share and its first subject early
     taken: list[Subject] = []
     shares = {split: 0 for split in SPLITS if groups[split]}
@@ -210,11 +248,11 @@ def select_subjects(
     return sorted(taken, key=lambda subject: subject.name)
 
 
-def make_split(slices: Mapping[str, int], meta_split: Mapping[str, str], seed: int = 0) -> Split:
+def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 0) -> Split:
     """Split subjects (name -> number of slices) by subject.
 
-    `meta_split` decides where it says; who is not in it trains. Without validation subjects a seeded tenth of train
-    (at least one) validates; without test subjects the validation subjects are the test. A single subject is cut into
+    `given`, the split that the data set gives (name -> split), decides where it says; who is not in it trains. Without
+    validation subjects a seeded tenth of train (at least one) validates; without test subjects the validation subjects are the test. A single subject is cut into
     slabs of SLAB_SLICES slices, in turn for training and for validation and test.
     """
     names = sorted(slices)
@@ -222,10 +260,10 @@ def make_split(slices: Mapping[str, int], meta_split: Mapping[str, str], seed: i
         raise SegkitError("no subject to split: none could be staged")
     if len(names) == 1:
         return _split_into_slabs(names[0], slices[names[0]])
-    by_split = {split: [name for name in names if meta_split.get(name, "train") == split] for split in SPLITS}
-    source = "meta.csv" if any(name in meta_split for name in names) else f"drawn with seed {seed}"
+    by_split = {split: [name for name in names if given.get(name, "train") == split] for split in SPLITS}
+    source = "given by the data set" if any(name in given for name in names) else f"drawn with seed {seed}"
     if not by_split["train"]:
-        raise SegkitError(f"meta.csv gives none of the {len(names)} subjects to train; raise MAX_SUBJECTS")
+        raise SegkitError(f"the data set gives none of the {len(names)} subjects to train; raise MAX_SUBJECTS")
     if not by_split["val"]:
         if len(by_split["train"]) == 1:
             by_split["val"] = by_split["test"]

@@ -115,7 +115,7 @@ def test_what_no_training_subject_annotates_is_not_learned_and_named(tmp_path):
     (tmp_path / "data" / "meta.csv").write_text("image_id;split\na;train\nb;val\nc;test\n")
     data = dataset.open_data(tmp_path / "data", tmp_path / "staged", progress=False)
     assert data.label_map == {"liver": 0}
-    assert data.problems == ["no training subject annotates aorta, spleen: they cannot be learned"]
+    assert list(map(str, data.problems)) == ["no training subject annotates aorta, spleen: they cannot be learned"]
     with pytest.raises(SegkitError, match="spleen, which no training subject has"):
         dataset.open_data(tmp_path / "data", tmp_path / "staged", structures=["spleen"], progress=False)
     with pytest.raises(SegkitError, match="expected a list of names"):

@@ -32,12 +32,15 @@ def test_finds_subjects_and_names_what_is_left_out(tmp_path):
     write_subject(tmp_path / "bad_mask", {"=cmd": MASK["liver"]})
     (tmp_path / "notes").mkdir()
     (tmp_path / "s0000" / "segmentations" / "._liver.nii.gz").touch()  # macOS leaves such files in archives
-    (tmp_path / "s0001" / "segmentations" / "colon.nii").touch()
+    (tmp_path / "s0001" / "segmentations" / "colon.nrrd").touch()
     subjects, problems = find_subjects(tmp_path)
     assert [subject.name for subject in subjects] == ["s0000", "s0001"]
-    assert list(subjects[1].masks) == ["aorta", "liver"] and list(subjects[0].masks) == ["liver"]
-    assert len(problems) == 5 and any("colon.nii: no .nii.gz" in problem for problem in problems)
-    assert any("no_ct" in problem and "ct.nii.gz is missing" in problem for problem in problems)
+    assert subjects[1].structures == ("aorta", "liver") and subjects[0].structures == ("liver",)
+    assert len(problems) == 5 and any("colon.nrrd: is no NIfTI" in str(problem) for problem in problems)
+    assert any(problem.subject == "no_ct" and "ct.nii.gz is missing" in problem.message for problem in problems)
+    assert {problem.subject: problem.severity for problem in problems} == {
+        "no_ct": "error", "no_masks": "error", "bad name": "error", "bad_mask": "error", "s0001": "warning"
+    }  # fmt: skip
 
 
 def test_a_path_without_subjects_says_what_was_expected_and_found(tmp_path):
@@ -119,23 +122,24 @@ def test_a_damaged_split_is_named():
             Split.from_json(content, "split.json")
 
 
-def subjects_named(*all_names):
-    return [Subject(name, None, {}) for name in all_names]
+def subjects_named(*all_names, split=lambda number: None):
+    return [Subject(name, None, None, None, split(number)) for number, name in enumerate(all_names)]
 
 
 def test_select_keeps_a_share_of_each_split():
-    everyone = subjects_named(*[f"s{i:03d}" for i in range(100)])
-    meta = {s.name: "test" if i % 10 == 0 else "val" if i % 10 == 1 else "train" for i, s in enumerate(everyone)}
+    everyone = subjects_named(
+        *[f"s{i:03d}" for i in range(100)], split=lambda i: "test" if i % 10 == 0 else "val" if i % 10 == 1 else "train"
+    )
     for maximum, expected in ((3, (1, 1, 1)), (20, (16, 2, 2)), (100, (80, 10, 10))):
-        chosen = select_subjects(everyone, meta, max_subjects=maximum)
-        counted = tuple(sum(meta[s.name] == split for s in chosen) for split in ("train", "val", "test"))
+        chosen = select_subjects(everyone, max_subjects=maximum)
+        counted = tuple(sum(s.split == split for s in chosen) for split in ("train", "val", "test"))
         assert counted == expected
-    assert select_subjects(everyone, meta, max_subjects=20) == select_subjects(everyone, meta, max_subjects=20)
+    assert select_subjects(everyone, max_subjects=20) == select_subjects(everyone, max_subjects=20)
 
 
 def test_select_excludes_and_refuses_what_makes_no_sense():
     three = subjects_named("a", "b", "c")
-    assert [s.name for s in select_subjects(three, {}, exclude=["b"])] == ["a", "c"]
+    assert [s.name for s in select_subjects(three, exclude=["b"])] == ["a", "c"]
     for bad in ({"exclude": ["z"]}, {"exclude": ["a", "b", "c"]}, {"max_subjects": 0}):
         with pytest.raises(SegkitError):
-            select_subjects(three, {}, **bad)
+            select_subjects(three, **bad)

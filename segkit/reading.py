@@ -1,0 +1,80 @@
+"""A subject's files, checked: HU and label codes as its files hold them, and everything that is found on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from segkit.codes import CodeVolume
+from segkit.errors import Findings, SubjectError
+from segkit.formats.nifti import Grid, read_volume
+from segkit.subjects import Subject
+
+HU_MIN, HU_MAX = np.iinfo(np.int16).min, np.iinfo(np.int16).max
+HU_PLAUSIBLE = (-3100, 31_000)
+"""HU that scanners write: padding down to -3024, metal up to 30,710 on an extended scale."""
+SCALED_RANGE = 16
+"""CT values spread over less than this many HU were scaled to a unit range or are no scan."""
+
+
+def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | None:
+    """HU (i, j, k) as int16 on the file's axes, and its grid; None where the CT cannot be used.
+
+    Values are rounded, and clipped where the file holds more than int16 can. Reported are: an unreadable file, NaN, one
+    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE (a warning).
+    """
+    try:
+        volume, grid = read_volume(subject.ct, subject.name)
+    except SubjectError as error:
+        findings.add("error", "unreadable", error)
+        return None
+    wrong = 0 if volume.dtype.kind in "bui" else int(np.count_nonzero(~np.isfinite(volume)))
+    if wrong:
+        findings.add(
+            "error", "NaN",
+            f"{subject.ct}: {wrong} voxels are NaN or infinite, expected HU; repair the file or name the subject in "
+            "EXCLUDE",
+        )  # fmt: skip
+        return None
+    lowest, highest = volume.min(), volume.max()
+    if not _holds_hu(float(lowest), float(highest), subject, findings):
+        return None
+    if volume.dtype == np.int16:
+        return volume, grid
+    if lowest < HU_MIN or highest > HU_MAX:
+        volume = np.clip(volume, HU_MIN, HU_MAX)
+    return np.rint(volume).astype(np.int16), grid
+
+
+def _holds_hu(lowest: float, highest: float, subject: Subject, findings: Findings) -> bool:
+    found = f"its values go from {lowest:g} to {highest:g}"
+    if lowest == highest:
+        findings.add("error", "empty CT", f"{subject.ct}: holds {lowest:g} everywhere, expected a scan in HU")
+        return False
+    if highest - lowest < SCALED_RANGE:
+        findings.add(
+            "error", "scaled CT", f"{subject.ct}: {found}, expected HU; undo the scaling or take the original scan"
+        )
+        return False
+    if lowest < HU_PLAUSIBLE[0] or highest > HU_PLAUSIBLE[1]:
+        clipped = "; what int16 cannot hold was clipped" if lowest < HU_MIN or highest > HU_MAX else ""
+        findings.add(
+            "warning", "HU range",
+            f"{subject.ct}: {found}, expected HU from {HU_PLAUSIBLE[0]} to {HU_PLAUSIBLE[1]}{clipped}",
+        )  # fmt: skip
+    return True
+
+
+def read_labels(subject: Subject, grid: Grid, findings: Findings) -> CodeVolume:
+    """Label codes (i, j, k) on the file axes of the CT's grid; not complete if there are errors in `findings` then."""
+    volume = subject.labels.read(grid, findings)
+    if not findings.errors and not (volume.codebook.any() and volume.codes.any()):
+        findings.add("warning", "no label", f"{subject.ct.parent}: no voxel belongs to any structure")
+    return volume
+
+
+def refuse(findings: Findings) -> None:
+    """Raise SubjectError if there is an error among the findings: the first one, and how many more there are."""
+    errors = findings.errors
+    if errors:
+        more = f" (and {len(errors) - 1} more errors in this subject)" if len(errors) > 1 else ""
+        raise SubjectError(f"{errors[0]}{more}")
