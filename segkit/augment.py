@@ -90,7 +90,7 @@ def to_network(
     variation: Variation | None = None,
     mirrored_channels: Sequence[int | None] | None = None,
 ) -> tuple[torch.Tensor, Targets]:
-    """Images (B, 1, H, W) float32 as the network takes them, and their Targets, on the batch's device.
+    """Images (B, P, H, W) float32 as the network takes them, and their Targets, on the batch's device.
 
     Without `variation` the slices are only fitted. `mirrored_channels` (`segkit.labels.mirrored_channels`) is needed
     where slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
@@ -106,7 +106,7 @@ def to_network(
     hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
     hu = F.avg_pool2d(hu, shrink) if shrink > 1 else hu
     coarse = sampling_grid(batch, target_shape, matrix, shift)
-    codes = _sample(batch.codes.float(), coarse, "nearest")[:, 0].long()
+    codes = _sample(batch.codes.float()[:, None], coarse, "nearest")[:, 0].long()
     hu = hu + AIR_HU
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
@@ -149,16 +149,16 @@ def sampling_grid(batch: SliceBatch, shape: tuple[int, int], matrix: torch.Tenso
     place = (
         torch.einsum("bij,bhwj->bhwi", matrix, place) / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
     )
-    padded = torch.tensor(batch.hu.shape[1:], device=device)
+    padded = torch.tensor(batch.codes.shape[1:], device=device)
     return (2 * place / padded - 1).flip(-1)
 
 
 def _sample(planes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
-    return F.grid_sample(planes[:, None], grid, mode=mode, padding_mode="zeros", align_corners=False)
+    return F.grid_sample(planes, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:
-    """Scale, shift and noise on HU (B, 1, H, W); air stays what the scale makes of it."""
+    """Scale, shift and noise on HU (B, P, H, W); air stays what the scale makes of it."""
     factor, offset, deviation = variation.intensity.to(hu.device).T[..., None, None, None]
     noise = torch.stack(
         [torch.randn(hu.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in variation.noise_seeds]

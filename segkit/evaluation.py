@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
@@ -72,16 +74,21 @@ def evaluate(
 
     `split` is what `parts` are of, for the table. Whole volumes are predicted, the slices of a part are scored. With
     `predictions_dir` each prediction is kept there for figures (`load_prediction`). A subject that annotates none of
-    the model's structures is left out with a warning. Memory: one subject at a time.
+    the model's structures is left out with a warning. Memory: one subject at a time. Inside a
+    `joblib.parallel_config`, of a dask cluster for example, its workers predict and score the subjects.
     """
 
-    def predict(subject: StagedSubject) -> CodeVolume:
-        prediction = predictor.predict(subject)
-        if predictions_dir is not None:
-            save_prediction(Path(predictions_dir), subject, prediction)
-        return prediction
-
+    predict = partial(
+        _predict_and_keep, predictor, None if predictions_dir is None else Path(predictions_dir).absolute()
+    )
     return _score_all(predict, staged, parts, split, detected_dice, f"evaluating {split}", progress)
+
+
+def _predict_and_keep(predictor: Predictor, predictions_dir: Path | None, subject: StagedSubject) -> CodeVolume:
+    prediction = predictor.predict(subject)
+    if predictions_dir is not None:
+        save_prediction(predictions_dir, subject, prediction)
+    return prediction
 
 
 def evaluate_round_trip(
@@ -95,7 +102,7 @@ def evaluate_round_trip(
     """The table of `evaluate` for the reference itself, sent through `target_shape` and back to the scan's grid."""
     structures = tuple(sorted(label_map, key=label_map.get))
     return _score_all(
-        lambda subject: round_trip(subject, structures, target_shape),
+        partial(round_trip, structures=structures, target_shape=target_shape),
         staged,
         parts,
         split,
@@ -114,20 +121,32 @@ def _score_all(
     title: str,
     progress: bool,
 ) -> pd.DataFrame:
+    work = (joblib.delayed(_score_part)(predict, staged[part.subject], part, split, detected_dice) for part in parts)
+    # one after the other here, unless a surrounding joblib.parallel_config says otherwise
+    results = joblib.Parallel(return_as="generator")(work)
     tables = []
-    for part in tqdm(parts, desc=title, unit="subject", disable=not progress):
-        subject = staged[part.subject]
-        volumes = subject.labels(), predict(subject)
-        if part.slabs is not None:
-            inside = part.slices(subject.shape[0])
-            volumes = tuple(volume.with_codes(volume.codes[inside]) for volume in volumes)
-        try:
-            tables.append(score_subject(subject.name, split, *volumes, detected_dice))
-        except SubjectError as error:
-            warnings.warn(f"left out: {error}", stacklevel=3)
+    for result in tqdm(results, total=len(parts), desc=title, unit="subject", disable=not progress):
+        if isinstance(result, str):
+            warnings.warn(f"left out: {result}", stacklevel=3)
+        else:
+            tables.append(result)
     if not tables:
         raise SegkitError(f"no subject of the {split} split annotates a structure of the model: nothing to score")
     return pd.concat(tables, ignore_index=True)
+
+
+def _score_part(
+    predict: Callable[[StagedSubject], CodeVolume], subject: StagedSubject, part: Part, split: str, detected_dice: float
+) -> pd.DataFrame | str:
+    """The rows of one subject, or why there are none."""
+    volumes = subject.labels(), predict(subject)
+    if part.slabs is not None:
+        inside = part.slices(subject.shape[0])
+        volumes = tuple(volume.with_codes(volume.codes[inside]) for volume in volumes)
+    try:
+        return score_subject(subject.name, split, *volumes, detected_dice)
+    except SubjectError as error:
+        return str(error)
 
 
 def save_prediction(folder: Path, subject: StagedSubject, prediction: CodeVolume) -> None:

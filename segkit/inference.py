@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -35,6 +36,7 @@ class Predictor:
             raise SegkitError(f"BATCH_SIZE = {batch_size!r}: expected a whole number of 1 or more")
         if not 0 < threshold < 1:
             raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")
+        self.asked_device = device
         self.device = pick_device(device)
         self.dtype = fast_dtype(self.device)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
@@ -44,9 +46,20 @@ class Predictor:
         self.logit_threshold = float(np.log(threshold / (1 - threshold)))
         self.batch_size = batch_size
 
+    def __getstate__(self) -> dict:
+        # through the CPU: another machine may not have this device
+        return {**vars(self), "model": copy.deepcopy(self.model).cpu()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.device = pick_device(self.asked_device)
+        self.dtype = fast_dtype(self.device)
+        self.model = self.model.to(self.device, memory_format=torch.channels_last)
+
     def predict(self, subject: StagedSubject, part: Part | None = None, progress: bool = False) -> CodeVolume:
         """Label codes of the slices of `part` (all of them by default): (slices, y, x) on the canonical grid."""
-        data = SliceDataset({subject.name: subject}, [part or Part(subject.name)], self.label_map)
+        context = self.model.in_channels // 2
+        data = SliceDataset({subject.name: subject}, [part or Part(subject.name)], self.label_map, context)
         loader = batches(data, range(len(data)), self.batch_size)
         loader = tqdm(loader, desc=f"predicting {subject.name}", unit="batch", leave=False, disable=not progress)
         pieces = ((self.structures, self._logits(batch), batch) for batch in loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ class Targets:
 class SliceBatch:
     """B slices on their own pixel grids, padded with air and background to one size.
 
-    hu: int16 (B, Y, X). codes: int32 (B, Y, X). sizes: float32 (B, 2), rows and columns before padding. spacing_mm:
-    float32 (B, 2), (y, x). codebook and annotated as in Targets. numbers: int64 (B,), places in the epoch's order.
+    hu: int16 (B, P, Y, X), the slice and its neighbours from low to high, P odd. codes: int32 (B, Y, X). sizes:
+    float32 (B, 2), rows and columns before padding. spacing_mm: float32 (B, 2), (y, x). codebook and annotated as in
+    Targets. numbers: int64 (B,), places in the epoch's order.
     """
 
     hu: torch.Tensor
@@ -59,13 +61,25 @@ class SliceBatch:
 
 
 class SliceDataset(Dataset):
-    """The slices of `parts`, in the order of subjects and slices; `where[i]` is (subject, z) of item i."""
+    """The slices of `parts`, in the order of subjects and slices; `where[i]` is (subject, z) of item i.
 
-    def __init__(self, staged: Mapping[str, StagedSubject], parts: Sequence[Part], label_map: Mapping[str, int]):
+    With `context` n each slice comes with the n below and the n above it, from the same scan whatever the part; at the
+    ends of the scan the last slice is repeated.
+    """
+
+    def __init__(
+        self,
+        staged: Mapping[str, StagedSubject],
+        parts: Sequence[Part],
+        label_map: Mapping[str, int],
+        context: int = 0,
+    ):
         self.subjects = {part.subject: staged[part.subject] for part in parts}
         self.where = [(p.subject, z) for p in parts for z in p.slices(staged[p.subject].shape[0])]
+        self.label_map = dict(label_map)
+        self.context = context
         self.tables = {
-            name: tuple(map(torch.from_numpy, subject.labels(0).on_channels(label_map)))
+            name: tuple(map(torch.from_numpy, subject.codebook.on_channels(label_map)))
             for name, subject in self.subjects.items()
         }
 
@@ -77,63 +91,113 @@ class SliceDataset(Dataset):
         subject = self.subjects[name]
         codebook, annotated = self.tables[name]
         return {
-            "hu": torch.from_numpy(subject.hu(z)),
+            "hu": torch.from_numpy(self._planes(subject, z)),
             "codes": torch.from_numpy(subject.labels(z).codes.astype(np.int32)),
             "spacing_mm": subject.spacing_mm[1:],
             "codebook": codebook,
             "annotated": annotated,
         }
 
+    def _planes(self, subject: StagedSubject, z: int) -> np.ndarray:
+        last = subject.shape[0] - 1
+        planes = [subject.hu(min(max(z + step, 0), last)) for step in range(-self.context, self.context + 1)]
+        return np.stack(planes)
+
+    @cached_property
+    def holds(self) -> np.ndarray:
+        """Which channels occur in which slice, bool (slices, C): from the index made by staging, no volume is read."""
+        table = np.zeros((len(self.where), len(self.label_map)), bool)
+        by_subject: dict[str, dict[int, int]] = {}
+        for place, (name, z) in enumerate(self.where):
+            by_subject.setdefault(name, {})[z] = place
+        for name, places in by_subject.items():
+            for structure, runs in self.subjects[name].info["slices"].items():
+                if structure in self.label_map:
+                    there = [places[z] for start, stop in runs for z in range(start, stop) if z in places]
+                    table[there, self.label_map[structure]] = True
+        return table
+
 
 def collate(items: Sequence[tuple[int, dict]]) -> SliceBatch:
     """One SliceBatch from (number in the epoch, item) pairs, padded to the largest slice and the largest codebook."""
-    rows, columns = (max(item["hu"].shape[axis] for _, item in items) for axis in (0, 1))
+    rows, columns = (max(item["codes"].shape[axis] for _, item in items) for axis in (0, 1))
     codes = max(len(item["codebook"]) for _, item in items)
+    first = items[0][1]
     batch = SliceBatch(
-        hu=torch.full((len(items), rows, columns), AIR_HU, dtype=torch.int16),
+        hu=torch.full((len(items), len(first["hu"]), rows, columns), AIR_HU, dtype=torch.int16),
         codes=torch.zeros((len(items), rows, columns), dtype=torch.int32),
-        sizes=torch.tensor([item["hu"].shape for _, item in items], dtype=torch.float32),
+        sizes=torch.tensor([item["codes"].shape for _, item in items], dtype=torch.float32),
         spacing_mm=torch.tensor([item["spacing_mm"] for _, item in items], dtype=torch.float32),
-        codebook=torch.zeros((len(items), codes, items[0][1]["codebook"].shape[1]), dtype=torch.bool),
+        codebook=torch.zeros((len(items), codes, first["codebook"].shape[1]), dtype=torch.bool),
         annotated=torch.stack([item["annotated"] for _, item in items]),
         numbers=torch.tensor([number for number, _ in items]),
     )
     for place, (_, item) in enumerate(items):
-        y, x = item["hu"].shape
-        batch.hu[place, :y, :x] = item["hu"]
+        y, x = item["codes"].shape
+        batch.hu[place, :, :y, :x] = item["hu"]
         batch.codes[place, :y, :x] = item["codes"]
         batch.codebook[place, : len(item["codebook"])] = item["codebook"]
     return batch
 
 
-def epoch_order(slices: int, seed: int, epoch: int, slices_per_epoch: int | None = None) -> list[int]:
-    """Which slices an epoch takes, in which order: shuffled passes over all of them, cut to `slices_per_epoch`.
+def epoch_order(
+    slices: int, seed: int, epoch: int, slices_per_epoch: int | None = None, holds: np.ndarray | None = None,
+    balance: float = 0.0,
+) -> list[int]:  # fmt: skip
+    """Which slices an epoch takes, in which order: `slices_per_epoch` of them, all by default.
 
-    The order is a function of (seed, epoch), so that an interrupted epoch can be repeated.
+    A share `balance` of them is drawn so that every structure of `holds` (bool (slices, C), `SliceDataset.holds`) is
+    the reason for equally many; a slice of a rare structure may then come several times. The others come from shuffled
+    passes over all slices. The order is a function of these arguments alone, so that an interrupted epoch can go on.
     """
     wanted = slices if slices_per_epoch is None else slices_per_epoch
     random = np.random.default_rng((seed, epoch))
-    passes = [random.permutation(slices) for _ in range(-(-wanted // slices))]
-    return np.concatenate(passes)[:wanted].tolist()
+    balanced = round(wanted * balance) if balance and holds is not None and holds.any() else 0
+    passes = [random.permutation(slices) for _ in range(-(-(wanted - balanced) // slices))]
+    order = np.concatenate([*passes, np.zeros(0, int)])[: wanted - balanced]
+    if balanced:
+        order = random.permutation(np.concatenate([order, _balanced_slices(holds, balanced, random)]))
+    return order.tolist()
+
+
+def _balanced_slices(holds: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` slices: the structures that occur take turns, each going through its own slices in shuffled passes."""
+    structures = np.flatnonzero(holds.any(0))
+    turns = np.concatenate([random.permutation(structures) for _ in range(-(-count // len(structures)))])[:count]
+    chosen = np.empty(count, int)
+    for structure in structures:
+        its_turns = np.flatnonzero(turns == structure)
+        its_slices = np.flatnonzero(holds[:, structure])
+        passes = [random.permutation(its_slices) for _ in range(-(-len(its_turns) // len(its_slices)))]
+        if passes:
+            chosen[its_turns] = np.concatenate(passes)[: len(its_turns)]
+    return chosen
 
 
 class _Numbered(Dataset):
     """Gives each item its number in the order, from which its random stream is derived."""
 
-    def __init__(self, dataset: SliceDataset, order: Sequence[int]):
-        self.dataset, self.order = dataset, order
+    def __init__(self, dataset: SliceDataset, order: Sequence[int], start: int):
+        self.dataset, self.order, self.start = dataset, order, start
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.order) - self.start
 
-    def __getitem__(self, number: int) -> tuple[int, dict]:
+    def __getitem__(self, place: int) -> tuple[int, dict]:
+        number = self.start + place
         return number, self.dataset[self.order[number]]
 
 
-def batches(dataset: SliceDataset, order: Sequence[int], batch_size: int, workers: int = 0) -> DataLoader:
-    """Batches of `dataset` in the given order. `workers` processes read ahead; 0 reads in this process."""
+def batches(
+    dataset: SliceDataset, order: Sequence[int], batch_size: int, workers: int = 0, start: int = 0
+) -> DataLoader:
+    """Batches of `dataset` in the given order, from its place `start` on.
+
+    `workers` processes read ahead, each with its own handle on the store; 0 reads in this process, which decompresses
+    some thousand slices a second.
+    """
     return DataLoader(
-        _Numbered(dataset, order),
+        _Numbered(dataset, order, start),
         batch_size,
         num_workers=workers,
         collate_fn=collate,

@@ -66,29 +66,42 @@ class StagedSubject:
         """Voxels of each annotated structure."""
         return self.info["voxels"]
 
-    @cached_property
-    def _ct(self) -> blosc2.NDArray:
-        return open_array(self.folder / "ct.b2nd", self.shape)
-
-    @cached_property
-    def _codes(self) -> blosc2.NDArray:
-        return open_array(self.folder / "codes.b2nd", self.shape)
-
     def hu(self, z: int | slice = slice(None)) -> np.ndarray:
         """HU of one axial slice (y, x) or of several (z, y, x), int16."""
-        return self._ct[z]
+        return _read(self._array("ct"), z)
 
     def labels(self, z: int | slice = slice(None)) -> CodeVolume:
         """Label codes of one axial slice (y, x) or of several (z, y, x)."""
-        return self._codebook.with_codes(self._codes[z])
+        return self.codebook.with_codes(_read(self._array("codes"), z))
 
     @cached_property
-    def _codebook(self) -> CodeVolume:
+    def codebook(self) -> CodeVolume:
+        """What the codes mean, without any codes."""
         return codebook_from_json(self.info, np.zeros(0, np.uint8), str(self.folder / "subject.json"))
+
+    def _array(self, name: str) -> blosc2.NDArray:
+        # a forked worker opens its own
+        key = (os.getpid(), name)
+        if key not in self._opened:
+            self._opened[key] = open_array(self.folder / f"{name}.b2nd", self.shape)
+        return self._opened[key]
+
+    @cached_property
+    def _opened(self) -> dict[tuple[int, str], blosc2.NDArray]:
+        return {}
 
     def __getstate__(self) -> dict:
         # open arrays stay behind: a worker process opens its own
         return {"folder": self.folder, "info": self.info}
+
+
+def _read(array: blosc2.NDArray, z: int | slice) -> np.ndarray:
+    if isinstance(z, slice):
+        return array[z]
+    # a chunk is a slice: taking it whole is twice as fast as cutting it out of the array
+    plane = np.empty(array.shape[1:], array.dtype)
+    array.schunk.decompress_chunk(range(array.shape[0])[z], plane)
+    return plane
 
 
 def open_array(path: Path, shape: tuple[int, int, int]) -> blosc2.NDArray:

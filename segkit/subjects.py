@@ -106,9 +106,9 @@ def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
     label image, see `segkit.formats.label_image`) or an nnU-Net raw folder. Raises SegkitError if the path is no folder
     or holds no subject at all, and for an unreadable `meta.csv` or `dataset.json`.
     """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
+    if not Path(data_dir).is_dir():
         raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the folder that holds the subjects")
+    data_dir = Path(data_dir).absolute()  # workers may have another working directory
     candidates = _nnunet_cases(data_dir) if is_nnunet_folder(data_dir) else _subject_folders(data_dir)
     subjects: dict[str, Subject] = {}
     problems: list[Finding] = []
@@ -252,8 +252,9 @@ def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 
     """Split subjects (name -> number of slices) by subject.
 
     `given`, the split that the data set gives (name -> split), decides where it says; who is not in it trains. Without
-    validation subjects a seeded tenth of train (at least one) validates; without test subjects the validation subjects are the test. A single subject is cut into
-    slabs of SLAB_SLICES slices, in turn for training and for validation and test.
+    validation subjects a seeded tenth of train (at least one) validates; without test subjects the validation subjects
+    are the test. A single subject is cut into slabs of SLAB_SLICES slices, in turn for training and for validation and
+    test.
     """
     names = sorted(slices)
     if not names:

@@ -35,7 +35,11 @@ class TrainSettings:
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
     positive_weight_cap: float = 100.0  # 1 is plain BCE, see losses.positive_weights
     augmentation: Augmentation = field(default_factory=Augmentation)
+    context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
     slices_per_epoch: int | None = None  # None: all of them
+    balance: float = (
+        0.0  # share of an epoch's slices that is drawn so that rare structures come as often as common ones
+    )
     validation_slices: int | None = None  # evenly spaced; None: all of them
     seed: int = 0
     device: str | None = None  # None: the best there is
@@ -57,6 +61,10 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SegkitError(f"{name.upper()} = {value!r}: expected a whole number of 1 or more")
+        if not isinstance(self.context, int) or not 0 <= self.context <= 16:
+            raise SegkitError(f"CONTEXT = {self.context!r}: expected a whole number of slices from 0 to 16")
+        if not 0 <= self.balance <= 1:
+            raise SegkitError(f"BALANCE = {self.balance!r}: expected a share from 0 to 1")
         if not self.learning_rate > 0:
             raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
         if not self.positive_weight_cap >= 1:
@@ -83,7 +91,11 @@ def train(
     """
     settings = settings.checked()
     output_dir = Path(output_dir)
-    network = {"in_channels": 1, "out_channels": len(data.label_map), "features": list(settings.features)}
+    network = {
+        "in_channels": 2 * settings.context + 1,
+        "out_channels": len(data.label_map),
+        "features": list(settings.features),
+    }
     trainer = _Trainer(data, settings, network)
     start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
     write_json(output_dir / "label_map.json", data.label_map)
@@ -125,8 +137,8 @@ class _Trainer:
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
         self.dtype = fast_dtype(self.device)
-        self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map)
-        self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map)
+        self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
+        self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap)
         torch.manual_seed(settings.seed)
@@ -169,7 +181,9 @@ class _Trainer:
 
     def _train(self, epoch: int, progress: bool) -> tuple[float, int]:
         s = self.settings
-        order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch)
+        order = epoch_order(
+            len(self.train_slices), s.seed, epoch, s.slices_per_epoch, self.train_slices.holds, s.balance
+        )
         loader = batches(self.train_slices, order, s.batch_size, s.workers)
         self.model.train()
         seen = []

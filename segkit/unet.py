@@ -49,6 +49,7 @@ class UNet2D(nn.Module):
             raise SegkitError(
                 f"FEATURES = {tuple(features)}, {in_channels} -> {out_channels} channels: expected 1 or more"
             )
+        self.in_channels = in_channels
         widths = (*features, 2 * features[-1])
         self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip((in_channels, *features), features, strict=False))
         self.pool = nn.MaxPool2d(2)

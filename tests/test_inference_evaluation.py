@@ -15,6 +15,8 @@ from segkit.subjects import Part
 class Threshold(nn.Module):
     """A network whose answer is known: channel 0 is bone above 200 HU, channel 1 everything above 0, 2 nothing."""
 
+    in_channels = 1
+
     def forward(self, images):
         hu = torch.sinh(images) * 60 + 40
         return torch.cat([hu - 200, hu, hu - 1e4], 1) / 100

@@ -3,12 +3,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from segkit import augment
 from segkit.augment import NO_AUGMENTATION, Augmentation, draw, normalize, to_network
 from segkit.errors import SegkitError
 from segkit.inference import to_own_grid
 from segkit.slices import AIR_HU, SliceBatch, SliceDataset, batches, collate, epoch_order
+from segkit.staging import StagedSubject
 from segkit.subjects import Part
 
 
@@ -16,7 +18,7 @@ def one_batch(hu: np.ndarray, codes: np.ndarray | None = None, spacing=(1.0, 1.0
     """A batch of one slice (y, x)."""
     codebook = torch.tensor([[0], [1]], dtype=torch.bool) if codebook is None else codebook
     item = {
-        "hu": torch.from_numpy(hu.astype(np.int16)),
+        "hu": torch.from_numpy(hu.astype(np.int16))[None],
         "codes": torch.from_numpy((np.zeros(hu.shape) if codes is None else codes).astype(np.int32)),
         "spacing_mm": spacing,
         "codebook": codebook,
@@ -39,8 +41,8 @@ def test_batches_hold_the_slices_of_their_subjects_padded_with_air(phantom_data)
         name, z = data.where[index]
         subject = phantom_data.staged[name]
         y, x = subject.shape[1:]
-        assert np.array_equal(batch.hu[place, :y, :x], subject.hu(z))
-        assert (batch.hu[place, y:] == AIR_HU).all() and (batch.codes[place, :, x:] == 0).all()
+        assert np.array_equal(batch.hu[place, 0, :y, :x], subject.hu(z))
+        assert (batch.hu[place, 0, y:] == AIR_HU).all() and (batch.codes[place, :, x:] == 0).all()
         planes = batch.codebook[place][batch.codes[place, :y, :x].long()]
         for structure in ("liver", "vertebrae_L1", "lung_upper_lobe_left"):
             expected = subject.labels(z).mask(structure)
@@ -51,6 +53,82 @@ def test_workers_read_the_same_batches(phantom_data):
     data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
     here, there = ([batch.codes for batch in batches(data, [3, 50, 20, 7], 2, workers)] for workers in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_dataset_travels_to_a_spawned_worker(phantom_data):
+    # spawn is how workers start on Windows and macOS; the open store must stay behind
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+    here = [data[number] for number in (3, 50)]
+    loader = DataLoader(data, batch_size=None, sampler=[3, 50], num_workers=1, multiprocessing_context="spawn")
+    for mine, theirs in zip(here, loader, strict=True):
+        assert torch.equal(mine["hu"], theirs["hu"]) and torch.equal(mine["codes"], theirs["codes"])
+
+
+def test_context_brings_the_neighbours_and_repeats_the_ends(phantom_data):
+    part = phantom_data.split.train[0]
+    subject = phantom_data.staged[part.subject]
+    last = subject.shape[0] - 1
+    data = SliceDataset(phantom_data.staged, [part], phantom_data.label_map, context=2)
+    for z, expected in ((0, [0, 0, 0, 1, 2]), (7, [5, 6, 7, 8, 9]), (last, [last - 2, last - 1, last, last, last])):
+        assert np.array_equal(data[z]["hu"], subject.hu()[expected])
+        assert np.array_equal(data[z]["codes"], subject.labels(z).codes)
+    batch = next(iter(batches(data, [0, 7], 2)))
+    images, _ = to_network(batch, (64, 64), draw(Augmentation(noise_hu=0, intensity_shift_hu=0), 0, 0, [0, 1]))
+    assert images.shape == (2, 5, 64, 64)
+    assert torch.equal(images[0, 0], images[0, 2]) and not torch.equal(images[1, 0], images[1, 2])
+
+
+def test_a_slab_sees_its_neighbours_in_the_scan(phantom_data):
+    name = next(iter(phantom_data.staged))
+    data = SliceDataset(phantom_data.staged, [Part(name, ((8, 10),))], phantom_data.label_map, context=1)
+    assert np.array_equal(data[0]["hu"], phantom_data.staged[name].hu()[7:10])
+
+
+def test_the_index_says_what_the_volumes_hold_without_reading_them(phantom_data, monkeypatch):
+    parts = [*phantom_data.split.train, Part(phantom_data.split.test[0].subject, ((3, 9), (20, 22)))]
+    data = SliceDataset(phantom_data.staged, parts, phantom_data.label_map)
+    with monkeypatch.context() as nothing_read:
+        nothing_read.setattr(StagedSubject, "hu", None)
+        nothing_read.setattr(StagedSubject, "labels", None)
+        holds = data.holds
+    names = sorted(phantom_data.label_map, key=phantom_data.label_map.get)
+    for place in range(0, len(data), 11):
+        name, z = data.where[place]
+        volume = phantom_data.staged[name].labels(z)
+        assert holds[place].tolist() == [bool(volume.mask(structure).any()) for structure in names]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.integers(1, 300), st.sampled_from([0.0, 0.3, 1.0]))
+def test_balanced_orders_are_repeatable_and_as_long_as_asked(seed, slices, wanted, balance):
+    holds = np.random.default_rng(seed).random((slices, 5)) < 0.1
+    order = epoch_order(slices, seed, 3, wanted, holds, balance)
+    assert len(order) == wanted and all(0 <= place < slices for place in order)
+    assert order == epoch_order(slices, seed, 3, wanted, holds, balance)
+    if balance == 1 and holds.any():
+        assert all(holds[place].any() for place in order)
+
+
+def test_balance_gives_a_rare_structure_its_turns():
+    # 1000 slices: one structure in 500 of them, one in 10
+    holds = np.zeros((1000, 2), bool)
+    holds[:500, 0] = holds[990:, 1] = True
+    rare = lambda balance: sum(place >= 990 for place in epoch_order(1000, 0, 1, 400, holds, balance))  # noqa: E731
+    assert rare(1.0) == 200  # every second turn
+    assert 100 <= rare(0.5) <= 100 + 10  # and at most once each in the shuffled pass
+    assert rare(0.0) <= 10
+    once = epoch_order(1000, 0, 1, 20, holds, 1.0)
+    assert sorted(place for place in once if place >= 990) == list(range(990, 1000))  # each of its slices once
+
+
+def test_an_interrupted_epoch_goes_on_where_it_stopped(phantom_data):
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+    order = epoch_order(len(data), 0, 1, 20, data.holds, 0.5)
+    whole = list(batches(data, order, 4))
+    rest = list(batches(data, order, 4, start=12))
+    assert len(rest) == 2
+    for a, b in zip(whole[3:], rest, strict=True):
+        assert torch.equal(a.hu, b.hu) and torch.equal(a.numbers, b.numbers)
 
 
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
@@ -104,7 +182,7 @@ def test_padding_of_the_batch_does_not_move_a_slice():
         "codebook": small.codebook[0],
         "annotated": small.annotated[0],
     }
-    other = {**item, "hu": torch.zeros(60, 40, dtype=torch.int16), "codes": torch.zeros(60, 40, dtype=torch.int32)}
+    other = {**item, "hu": torch.zeros(1, 60, 40, dtype=torch.int16), "codes": torch.zeros(60, 40, dtype=torch.int32)}
     alone, alone_targets = to_network(small, (64, 64))
     padded, padded_targets = to_network(collate([(0, item), (1, other)]), (64, 64))
     assert torch.allclose(alone[0], padded[0], atol=1e-4)
