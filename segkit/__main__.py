@@ -37,6 +37,7 @@ def stage(
     exclude: tuple[str, ...] = (),
     max_subjects: int | None = None,
     jobs: int = 1,
+    strict: bool = False,
 ) -> None:
     """Read a data set once into the store that training reads from. What is there and unchanged is not read again.
 
@@ -46,10 +47,11 @@ def stage(
         exclude: names of subjects to leave out.
         max_subjects: at most so many.
         jobs: subjects staged at the same time; each needs the memory of its CT and one mask.
+        strict: stop at the first subject that cannot be used, instead of naming it and going on.
     """
     from segkit.dataset import open_data
 
-    data = open_data(data_dir, stage_dir, max_subjects, exclude, jobs=jobs)
+    data = open_data(data_dir, stage_dir, max_subjects, exclude, jobs=jobs, strict=strict)
     _report(data.problems)
     print(f"{len(data.staged)} subjects, {len(data.label_map)} structures in {stage_dir}")
 
@@ -66,7 +68,9 @@ def train(
     structures: tuple[str, ...] | None = None,
     exclude: tuple[str, ...] = (),
     max_subjects: int | None = None,
+    context: int = 0,
     slices_per_epoch: int | None = None,
+    balance: float = 0.0,
     validation_slices: int | None = None,
     positive_weight_cap: float = 100.0,
     augment: bool = True,
@@ -90,7 +94,9 @@ def train(
         structures: only these; all that the data have by default.
         exclude: names of subjects to leave out.
         max_subjects: at most so many.
+        context: neighbouring slices on each side that the network sees too.
         slices_per_epoch: all by default.
+        balance: share of the slices drawn so that rare structures come as often as common ones.
         validation_slices: evenly spaced; all by default.
         positive_weight_cap: how much more an inside pixel may count; 1 is plain BCE.
         augment: vary training slices: rotation, scale, shift, intensity, noise.
@@ -107,7 +113,7 @@ def train(
     settings = training.TrainSettings(
         epochs, batch_size, learning_rate, target_shape, features, positive_weight_cap,
         Augmentation(flip_left_right=flip_left_right) if augment else NO_AUGMENTATION,
-        slices_per_epoch, validation_slices, seed, device, workers,
+        context, slices_per_epoch, balance, validation_slices, seed, device, workers,
     ).checked()  # fmt: skip
     if data_dir is None:
         print("no DATA_DIR: training on phantoms")

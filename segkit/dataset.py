@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from segkit.errors import Finding, SegkitError, SubjectError
-from segkit.labels import load_label_map, make_label_map
+from segkit.labels import group_of, load_label_map, make_label_map
 from segkit.phantom import write_phantoms
 from segkit.runs import make_folder
 from segkit.staging import StagedSubject, stage, structures_in
@@ -44,6 +45,34 @@ class Data:
                 "notes": "; ".join(subject.info["notes"]),
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("subject")
+
+    def structures(self) -> pd.DataFrame:
+        """A row a structure in the order of the channels: in how many subjects of each split it is, and in how many
+        training slices.
+
+        Columns: channel, group, and for train, val and test `<split>_annotated` (subjects with a mask, empty or not)
+        and `<split>_present` (subjects that hold it in the split's slices); train_slices.
+        """
+        table = pd.DataFrame({"channel": self.label_map, "group": {name: group_of(name) for name in self.label_map}})
+        for split in SPLITS:
+            slices = {name: self._slices_with(name, split) for name in self.label_map}
+            table[f"{split}_annotated"] = {name: len(counts) for name, counts in slices.items()}
+            table[f"{split}_present"] = {name: sum(n > 0 for n in counts) for name, counts in slices.items()}
+            if split == "train":
+                table["train_slices"] = {name: sum(counts) for name, counts in slices.items()}
+        return table.rename_axis("structure")
+
+    def _slices_with(self, structure: str, split: str) -> list[int]:
+        """Of each subject of a split that annotates a structure, the number of the split's slices that hold it."""
+        counts = []
+        for part in getattr(self.split, split):
+            runs = self.staged[part.subject].info["slices"].get(structure)
+            if runs is not None:
+                inside = np.zeros(self.staged[part.subject].shape[0], bool)
+                for start, stop in runs:
+                    inside[start:stop] = True
+                counts.append(int(inside[part.slices(len(inside))].sum()))
+        return counts
 
     def split_to_json(self) -> dict:
         """Plain types for `split.json`: where the data lie, the size of each CT to know it again, and the split."""

@@ -182,7 +182,12 @@ class _Trainer:
     def _train(self, epoch: int, progress: bool) -> tuple[float, int]:
         s = self.settings
         order = epoch_order(
-            len(self.train_slices), s.seed, epoch, s.slices_per_epoch, self.train_slices.holds, s.balance
+            len(self.train_slices),
+            s.seed,
+            epoch,
+            s.slices_per_epoch,
+            self.train_slices.holds if s.balance else None,
+            s.balance,
         )
         loader = batches(self.train_slices, order, s.batch_size, s.workers)
         self.model.train()
