@@ -10,7 +10,7 @@ The files in the order in which data walk through them; each imports only from t
     runs.py          where a run's files go; files that are whole or not there
     subjects.py      find, choose and split the subjects of a data set
     reading.py       a subject's files -> HU and label codes, checked
-    staging.py       subject folder -> staged store, a compressed chunk a slice
+    staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
     slices.py        staged subjects -> batches of slices with their codes
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity

@@ -167,9 +167,9 @@ def places_inside(mask: np.ndarray, order: str = "C") -> np.ndarray:
     whole = content.size // (8 * _BLOCK)
     words = content[: whole * 8 * _BLOCK].view(np.uint64).reshape(whole, _BLOCK)
     blocks = np.flatnonzero(np.bitwise_or.reduce(words, axis=1)) if whole else np.zeros(0, np.intp)
-    hits = np.flatnonzero(words[blocks])
+    hits = np.flatnonzero(words[blocks] != 0)  # finding places is fast for bool alone
     hits = blocks[hits // _BLOCK] * _BLOCK + hits % _BLOCK
-    byte = np.flatnonzero(words.view(np.uint8).reshape(-1, 8)[hits])
+    byte = np.flatnonzero(words.view(np.uint8).reshape(-1, 8)[hits] != 0)
     rest = np.flatnonzero(content[whole * 8 * _BLOCK :]) + whole * 8 * _BLOCK
     return np.concatenate([hits[byte // 8] * 8 + byte % 8, rest])
 

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkit.codes import CodeVolume, CodeWriter, codebook_from_json, codebook_to_json, encode, smallest_dtype
+from segkit.codes import (
+    CodeVolume,
+    CodeWriter,
+    codebook_from_json,
+    codebook_to_json,
+    encode,
+    places_inside,
+    smallest_dtype,
+)
 from segkit.errors import SegkitError
 
 
@@ -41,6 +49,37 @@ def test_more_sets_than_a_byte_or_two_bytes_hold():
     assert all(np.array_equal(volume.mask(name), mask > 0) for name, mask in masks)
     assert encode([(n, m[:300]) for n, m in masks], (300,)).codes.dtype == np.uint16
     assert [smallest_dtype(n) for n in (256, 257, 65536, 65537)] == [np.uint8, np.uint16, np.uint16, np.uint32]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([200, 300, 3_000, 66_000]))
+def test_any_number_of_overlaps_comes_back(seed, sets):
+    """Voxel k belongs to the structures of a random set, as many different sets as asked, past one and two bytes."""
+    random = np.random.default_rng(seed)
+    members = np.unpackbits(random.permutation(2**17)[:sets].astype("<u4").view(np.uint8).reshape(-1, 4), axis=1)
+    members = members[:, random.permutation(32)].astype(bool)
+    members = members[random.integers(0, sets, sets + 999)]
+    names = [f"s{i:02d}" for i in range(32)]
+    volume = encode(((name, members[:, i]) for i, name in enumerate(names)), (len(members),))
+    assert np.array_equal(volume.codebook[volume.codes], members)
+    different = len(np.unique(np.vstack([members, np.zeros((1, 32), bool)]), axis=0))
+    assert len(volume.codebook) == different and volume.codes.dtype == smallest_dtype(different)
+    assert list(volume.voxels().values()) == members.sum(0).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 40_000),
+    st.sampled_from([0.0, 1e-4, 0.01, 0.9]),
+    st.sampled_from([bool, np.uint8, np.int8, np.int16, ">i2", np.float32]),
+)
+def test_places_inside_are_those_above_zero(seed, size, density, dtype):
+    random = np.random.default_rng(seed)
+    mask = (
+        (random.random(size) < density) * random.integers(-3 if np.dtype(dtype).kind in "if" else 0, 4, size)
+    ).astype(dtype)
+    assert np.array_equal(places_inside(mask), np.flatnonzero(mask > 0))
 
 
 def test_masks_of_another_shape_and_doubled_names_are_refused():

@@ -1,4 +1,6 @@
 import gzip
+import io
+from itertools import permutations, product
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkit.errors import SubjectError
-from segkit.formats.nifti import Grid, read_volume
+from segkit.formats.gunzip import ERRORS, GzipReader, payload
+from segkit.formats.nifti import Grid, read_header, read_volume
 
 
 def random_grid(seed: int) -> tuple[np.ndarray, Grid]:
@@ -34,6 +37,22 @@ def test_canonical_agrees_with_nibabel_and_the_way_back_is_exact(seed):
     assert np.allclose(grid.canonical_affine, reference.affine)
     assert np.allclose(grid.spacing_mm, reference.header.get_zooms()[::-1], rtol=1e-5)
     assert np.array_equal(grid.from_canonical(canonical), volume)
+
+
+ORIENTATIONS = ["".join(axes) for letters in permutations(("RL", "AP", "SI")) for axes in product(*letters)]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_each_of_the_48_orientations_comes_back(orientation):
+    turn = nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
+    ras = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.diag([1.0, 2.0, 3.0, 1.0]))
+    stored = ras.as_reoriented(nib.orientations.ornt_transform(*turn))
+    grid = Grid(stored.shape, stored.affine)
+    assert grid.orientation == orientation and grid.spacing_mm == (3, 2, 1)
+    canonical = grid.to_canonical(np.asanyarray(stored.dataobj))
+    assert np.array_equal(canonical, np.asanyarray(ras.dataobj).transpose(2, 1, 0))
+    assert np.array_equal(grid.from_canonical(canonical), np.asanyarray(stored.dataobj))
+    assert np.allclose(grid.canonical_affine, ras.affine)
 
 
 def test_a_marked_voxel_is_found_at_its_place_in_the_body():
@@ -73,6 +92,57 @@ def test_reads_scaled_four_dimensional_nifti2_and_multi_member_files(tmp_path):
     raw = write_nifti(tmp_path / "b.nii", np.ones((5, 6, 7), np.uint8)).read_bytes()
     (tmp_path / "c.nii.gz").write_bytes(gzip.compress(raw[:300]) + gzip.compress(raw[300:]))
     assert read_volume(tmp_path / "c.nii.gz", "s1")[0].sum() == 210
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 50_000), min_size=1, max_size=4), st.lists(st.integers(0, 60_000), max_size=6),
+    st.integers(0, 40), st.integers(0, 2**32),
+)  # fmt: skip
+def test_gzip_of_any_members_is_read_as_python_reads_it(members, reads, padding, seed):
+    random = np.random.default_rng(seed)
+    pieces = [random.integers(0, 3, size).astype(np.uint8).tobytes() for size in members]
+    packed = b"".join(gzip.compress(piece, int(random.integers(0, 10))) for piece in pieces) + bytes(padding)
+    reader, reference = GzipReader(packed), io.BytesIO(gzip.decompress(packed))
+    for size in reads:
+        assert reader.read(size) == reference.read(size)
+    assert reader.read(10**6) == reference.read() and reader.read(1) == b""
+
+
+def test_a_gzip_file_with_a_wrong_checksum_or_a_missing_end_is_refused_when_finished():
+    content = np.random.default_rng(0).integers(0, 3, 9000).astype(np.uint8).tobytes()
+    packed = gzip.compress(content)
+    damaged = [packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:], *(packed[:-cut] for cut in range(1, 60))]
+    for number, bad in enumerate(damaged):
+        reader = GzipReader(bad)
+        with pytest.raises(ERRORS):
+            reader.read(9000)
+            reader.finish()
+            pytest.fail(f"damage {number} passed")
+
+
+def test_the_payload_leaves_out_names_and_times():
+    packed = []
+    for name, time in (("a.nii", 5), ("other.nii", 99), ("", 0)):
+        target = io.BytesIO()
+        with gzip.GzipFile(name, "wb", 6, target, mtime=time) as file:
+            file.write(b"the same" * 100)
+        packed.append(target.getvalue())
+    assert len(set(packed)) == 3 and len({payload(content) for content in packed}) == 1
+    assert payload(gzip.compress(b"another" * 100, 6)) != payload(packed[0])
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_voxels_that_begin_after_extensions_or_a_gap(tmp_path, extension):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    if extension:
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 100))
+    else:
+        image.header["vox_offset"] = 1024
+    nib.save(image, tmp_path / "a.nii.gz")
+    read, _ = read_volume(tmp_path / "a.nii.gz", "s1")
+    assert np.array_equal(read, np.asanyarray(nib.load(tmp_path / "a.nii.gz").dataobj))
+    assert len(read_header(tmp_path / "a.nii.gz", "s1").extensions) == extension
 
 
 def huge(path):

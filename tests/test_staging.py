@@ -157,7 +157,7 @@ def cut_short(folder):
         (other_shape, r"liver\.nii\.gz: another grid"),
         (other_place, r"liver\.nii\.gz: another grid.*1\.50 mm apart"),
         (other_orientation, r"liver\.nii\.gz: another grid.*found .*LAS"),
-        (nan_mask, r"liver\.nii\.gz: holds NaN"),
+        (nan_mask, r"liver\.nii\.gz: 120 voxels are NaN"),
         (dangling_link, r"liver\.nii\.gz: cannot be read"),
         (cut_short, r"liver\.nii\.gz: damaged or cut short"),
     ],

@@ -26,10 +26,10 @@ def payload(content: bytes) -> bytes:
 
     Header: https://www.rfc-editor.org/rfc/rfc1952 (2.3); one with rare optional fields counts as payload.
     """
-    flags = content[3:4]
-    if flags == b"\x08":  # the name of the file, up to a zero
+    start = content[:4]  # two bytes that mark gzip, one for deflate, one with flags
+    if start == b"\x1f\x8b\x08\x08":  # a file name follows, up to a zero
         return content[content.find(b"\0", 10) + 1 :]
-    return content[10:] if flags == b"\0" else content
+    return content[10:] if start == b"\x1f\x8b\x08\x00" else content
 
 
 class GzipReader:

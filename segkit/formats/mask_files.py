@@ -11,7 +11,7 @@ import numpy as np
 from segkit.codes import CodeVolume, encode_places, places_inside
 from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.gunzip import payload
-from segkit.formats.nifti import Grid, nifti_files, read_file, read_volume, same_grid, stem
+from segkit.formats.nifti import Grid, Volume, nifti_files, open_volume, read_file, same_grid, stem
 from segkit.labels import check_name
 
 NOTHING = np.zeros(0, np.intp)
@@ -35,40 +35,48 @@ class MaskFiles:
         return encode_places(self._usable_masks(grid, findings), grid.shape, order="F")
 
     def _usable_masks(self, grid: Grid, findings: Findings) -> Iterator[tuple[str, np.ndarray]]:
+        """Each mask with its places inside; what cannot be used is left out and goes into `findings`."""
         empty = None  # what an empty mask on the CT's very grid looks like: most files are such, and the same
         for name, path in self.masks.items():
             found_before = len(findings)
             try:
                 content = read_file(path, findings.subject)
-                if empty is not None and path.name.endswith(".gz") and payload(content) == empty:
+                if empty is not None and payload(content) == empty:
                     yield name, NOTHING
                     continue
-                mask, mask_grid = read_volume(path, findings.subject, content)
+                volume = open_volume(path, findings.subject, content)
+                if not same_grid(volume.grid, grid, path, findings, name):
+                    continue
+                inside = _places(volume, path, findings, name)
             except SubjectError as error:
                 findings.add("error", "unreadable", error, name)
                 continue
-            if not same_grid(mask_grid, grid, path, findings, name):
-                continue
-            if mask.dtype.kind == "f" and not np.isfinite(mask).all():
-                findings.add("error", "NaN", f"{path}: holds NaN or infinite values, expected a mask", name)
-                continue
-            inside = places_inside(mask, order="F")
-            _look_at_values(mask, inside, path, findings, name)
-            if not inside.size and len(findings) == found_before and path.name.endswith(".gz"):
+            if not inside.size and len(findings) == found_before:
                 empty = payload(content)
             yield name, inside
 
 
-def _look_at_values(mask: np.ndarray, inside: np.ndarray, path: Path, findings: Findings, name: str) -> None:
-    """Report values other than 0 and 1. Looks only at the voxels inside, unless there may be some below 0."""
-    values = mask.ravel(order="F")[inside]
-    below = mask.dtype.kind in "if" and mask.min() < 0
-    if (values == 1).all() and not below:
-        return
-    shown = [f"{value:g}" for value in np.unique(values)[:5].tolist()] + ["some below 0"] * bool(below)
-    findings.add(
-        "warning", "not binary", f"{path}: inside it holds {', '.join(shown)}; everything above 0 is taken as 1", name
-    )
+def _places(volume: Volume, path: Path, findings: Findings, name: str) -> np.ndarray:
+    """Where a mask is above 0, in the order of the file. Reports NaN and values other than 0 and 1."""
+    places, unusual, wrong, below, start = [], set(), 0, False, 0
+    for piece in volume.pieces():
+        inside = places_inside(piece)
+        if inside.size:
+            values = piece[inside]
+            if not (values == 1).all():
+                unusual.update(np.unique(values).tolist())
+            places.append(inside + start)
+        if piece.dtype.kind == "f":
+            wrong += int(np.count_nonzero(~np.isfinite(piece)))
+        below = below or (piece.dtype.kind in "if" and bool((piece < 0).any()))
+        start += piece.size
+    if wrong:
+        findings.add("error", "NaN", f"{path}: {wrong} voxels are NaN or infinite, expected a mask", name)
+    elif unusual or below:
+        shown = [f"{value:g}" for value in sorted(unusual)[:5]] + ["values below 0"] * below
+        text = f"{path}: expected 0 and 1, found {', '.join(shown)}; everything above 0 is taken as inside"
+        findings.add("warning", "not binary", text, name)
+    return np.concatenate(places) if places else NOTHING
 
 
 def find_mask_files(folder: Path, subject: str) -> MaskFiles:
