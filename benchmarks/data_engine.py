@@ -10,7 +10,6 @@ file is read once before, so that the disk takes no part in it.
 from __future__ import annotations
 
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -50,8 +49,8 @@ def main() -> None:
         staged = stage_subject(find_subjects(overlapping)[0][0], scratch / "store")
         measure_store(staged)
         measure_slices(staged)
-        measure_peak_memory(overlapping, scratch)
-        measure_many(scratch)
+        in_new_process("memory", overlapping, scratch)
+        in_new_process("many", scratch)
 
 
 def plant_overlaps(source: Path, target: Path) -> None:
@@ -134,39 +133,48 @@ def measure_slices(staged: StagedSubject) -> None:
 
 
 def measure_peak_memory(data_dir: Path, scratch: Path) -> None:
-    code = (
-        "import resource, sys; from pathlib import Path; from segkit.staging import stage_subject; "
-        "from segkit.subjects import find_subjects; "
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-        "stage_subject(find_subjects(sys.argv[1])[0][0], Path(sys.argv[2])); "
-        "print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-    )
-    arguments = [sys.executable, "-c", code, str(data_dir), str(scratch / "memory")]
-    before, peak = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()
-    print(f"peak memory of staging it: {peak} MB, of which {before} MB after the imports")
+    before = peak_mb()
+    stage_subject(find_subjects(data_dir)[0][0], scratch / "memory")
+    print(f"peak memory of staging it: {peak_mb()} MB, of which {before} MB after the imports")
 
 
 def measure_many(scratch: Path) -> None:
-    """Memory of SUBJECTS small phantoms staged with two workers, after a tenth of them and after all."""
+    """Memory of small phantoms staged with two workers: a tenth of SUBJECTS, then all of them."""
     made = write_phantoms(scratch / "made", 10, detail=0.5, jobs=2)
-    many = scratch / "many"
     for number in range(SUBJECTS):
-        shutil.copytree(made[number % 10], many / f"s{number:04d}")
-    subjects, _ = find_subjects(many)
-    peaks = {}
+        shutil.copytree(made[number % 10], scratch / "many" / f"s{number:04d}")
+    subjects, _ = find_subjects(scratch / "many")
     for count in (SUBJECTS // 10, SUBJECTS):
         started = time.perf_counter()
         stage(subjects[:count], scratch / "many_staged", jobs=2, progress=False)
         seconds = time.perf_counter() - started
         workers = joblib.Parallel(n_jobs=2)(joblib.delayed(_peak_after_a_pause)() for _ in range(8))
-        peaks[count] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, max(workers))
-        print(f"{count} phantoms with two workers, {seconds:.1f} s: peak of the parent, of a worker: {peaks[count]} MB")
+        print(
+            f"{count} phantoms with two workers, {seconds:.1f} s: peak of this process {peak_mb()} MB, of the workers "
+            f"{sorted(set(workers))} MB"
+        )
 
 
 def _peak_after_a_pause() -> int:
     time.sleep(0.05)  # so that no worker does all of these
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_mb()
+
+
+def peak_mb() -> int:
+    """Highest resident memory of this process since its program started (Linux)."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
+
+
+def in_new_process(part: str, *arguments: Path) -> None:
+    """Run a part of this file in a process of its own, whose memory is its own."""
+    subprocess.run([sys.executable, __file__, f"--{part}", *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--memory"]:
+        measure_peak_memory(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--many"]:
+        measure_many(Path(sys.argv[2]))
+    else:
+        main()

@@ -31,6 +31,48 @@ def phantom(folder: Positional[Path], subjects: int = 16, seed: int = 0, detail:
     print(f"{folder}: {subjects} subjects")
 
 
+def download(folder: Positional[Path], small: bool = False, full: bool = False, keep_archive: bool = False) -> None:
+    """Fetch the public TotalSegmentator data set (CC BY 4.0) from Zenodo, check and unpack it.
+
+    Interrupted, it goes on where it stopped when it is run again.
+
+    Args:
+        folder: where to; a folder of its own.
+        small: 102 subjects, 3.2 GB to fetch.
+        full: 1,228 subjects, 23.6 GB to fetch.
+        keep_archive: keep the archive beside the subjects.
+    """
+    from segkit.download import RELEASES
+    from segkit.download import download as fetch
+
+    if small == full:
+        raise SegkitError("choose one of --small (3.2 GB) and --full (23.6 GB)")
+    release = RELEASES["small" if small else "full"]
+    fetch(folder, release, keep_archive=keep_archive)
+    print(f"{folder}: {release.note}")
+
+
+def audit(data_dir: Positional[Path], output_dir: Path = OUTPUTS, jobs: int = 1) -> None:
+    """Read everything in a data set and report what is wrong or doubtful, as a table and as CSV. Changes nothing.
+
+    Exits with code 1 if a subject cannot be used.
+
+    Args:
+        data_dir: folder of subjects.
+        output_dir: where the CSV goes, a row a finding.
+        jobs: subjects read at the same time.
+    """
+    from segkit import audit as auditing
+    from segkit.runs import make_folder, time_stamp
+
+    table = auditing.audit(data_dir, jobs)
+    path = auditing.write_audit(table, make_folder(output_dir) / f"audit_{time_stamp()}.csv")
+    print(auditing.as_text(table))
+    print(path)
+    if (table["severity"] == "error").any():
+        sys.exit(1)
+
+
 def stage(
     data_dir: Positional[Path],
     stage_dir: Path = OUTPUTS / "staged",
@@ -211,7 +253,7 @@ def _report(problems: list[Finding]) -> None:
 
 def main() -> None:
     """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
-    verbs = {verb.__name__: verb for verb in (phantom, stage, train, evaluate, demo, check)}
+    verbs = {verb.__name__: verb for verb in (phantom, download, audit, stage, train, evaluate, demo, check)}
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m segkit", description=__doc__)
     except SegkitError as error:

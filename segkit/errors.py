@@ -28,6 +28,7 @@ class Finding:
     kind: str  # a few words that are the same for all findings of the kind, for tables
     message: str
     structure: str = ""  # where it is about one structure; "a + b" where about two
+    value: float | None = None  # the number that the message is about, where there is one
 
     def __str__(self) -> str:
         return self.message
@@ -40,11 +41,11 @@ class Findings(list[Finding]):
         super().__init__()
         self.subject = subject
 
-    def add(self, severity: str, kind: str, message: object, structure: str = "") -> None:
+    def add(self, severity: str, kind: str, message: object, structure: str = "", value: float | None = None) -> None:
         """Put one more on the list; `message` starts with the file, the subject is put before it."""
         text = str(message)
         named = text if text.startswith(f"subject {self.subject}:") else f"subject {self.subject}: {text}"
-        self.append(Finding(self.subject, severity, kind, named, structure))
+        self.append(Finding(self.subject, severity, kind, named, structure, value))
 
     @property
     def errors(self) -> list[Finding]:

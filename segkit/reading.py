@@ -33,6 +33,7 @@ def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | N
             "error", "NaN",
             f"{subject.ct}: {wrong} voxels are NaN or infinite, expected HU; repair the file or name the subject in "
             "EXCLUDE",
+            value=wrong,
         )  # fmt: skip
         return None
     lowest, highest = volume.min(), volume.max()

@@ -16,12 +16,14 @@ def segkit(*arguments, cwd, ok=True):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", ["", "phantom", "stage", "train", "evaluate", "demo", "check"])
+@pytest.mark.parametrize("verb", ["", "phantom", "download", "audit", "stage", "train", "evaluate", "demo", "check"])
 def test_help_explains_every_verb_and_flag(verb):
     text = segkit(*([verb] if verb else []), "--help", cwd=ROOT)
     assert "usage: python -m segkit" in text
     if not verb:
-        assert all(name in text for name in ("phantom", "stage", "train", "evaluate", "demo", "check"))
+        assert all(
+            name in text for name in ("phantom", "download", "audit", "stage", "train", "evaluate", "demo", "check")
+        )
 
 
 def test_the_verbs_one_after_the_other(tmp_path):

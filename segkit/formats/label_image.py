@@ -17,7 +17,7 @@ import numpy as np
 
 from segkit.codes import CodeVolume, CodeWriter, smallest_dtype
 from segkit.errors import Findings, SegkitError, SubjectError
-from segkit.formats.nifti import Grid, nifti_files, read_header, read_volume, same_grid, stem
+from segkit.formats.nifti import Grid, nifti_files, offset_mm, read_header, read_volume, stem
 from segkit.labels import check_name
 
 BACKGROUND = "background"
@@ -52,8 +52,12 @@ class LabelImage:
         except SubjectError as error:
             findings.add("error", "unreadable", error)
             return nothing
-        if not same_grid(own_grid, grid, self.path, findings):
+        offset = offset_mm(own_grid, grid, self.path, findings)
+        if offset is None:
             return nothing
+        if offset:
+            text = f"{self.path}: lies {offset:.3f} mm beside the CT's grid; taken as the same grid"
+            findings.add("warning", "offset", text, value=offset)
         if volume.dtype.kind == "f":
             whole = np.rint(volume)
             if not np.array_equal(whole, volume):  # NaN is not equal either

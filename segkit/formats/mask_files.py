@@ -11,7 +11,7 @@ import numpy as np
 from segkit.codes import CodeVolume, encode_places, places_inside
 from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.gunzip import payload
-from segkit.formats.nifti import Grid, Volume, nifti_files, open_volume, read_file, same_grid, stem
+from segkit.formats.nifti import Grid, Volume, nifti_files, offset_mm, open_volume, read_file, stem
 from segkit.labels import check_name
 
 NOTHING = np.zeros(0, np.intp)
@@ -36,6 +36,7 @@ class MaskFiles:
 
     def _usable_masks(self, grid: Grid, findings: Findings) -> Iterator[tuple[str, np.ndarray]]:
         """Each mask with its places inside; what cannot be used is left out and goes into `findings`."""
+        offsets: dict[str, float] = {}
         empty = None  # what an empty mask on the CT's very grid looks like: most files are such, and the same
         for name, path in self.masks.items():
             found_before = len(findings)
@@ -45,19 +46,32 @@ class MaskFiles:
                     yield name, NOTHING
                     continue
                 volume = open_volume(path, findings.subject, content)
-                if not same_grid(volume.grid, grid, path, findings, name):
-                    continue
-                inside = _places(volume, path, findings, name)
+                offset = offset_mm(volume.grid, grid, path, findings, name)
+                inside = None if offset is None else _places(volume, path, findings, name)
             except SubjectError as error:
                 findings.add("error", "unreadable", error, name)
                 continue
-            if not inside.size and len(findings) == found_before:
+            if inside is None:
+                continue
+            if offset:
+                offsets[name] = offset
+            elif not inside.size and len(findings) == found_before:
                 empty = payload(content)
             yield name, inside
+        _report_offsets(offsets, self.masks, findings)
 
 
-def _places(volume: Volume, path: Path, findings: Findings, name: str) -> np.ndarray:
-    """Where a mask is above 0, in the order of the file. Reports NaN and values other than 0 and 1."""
+def _report_offsets(offsets: Mapping[str, float], masks: Mapping[str, Path], findings: Findings) -> None:
+    """One finding for all masks that lie a little beside the CT: it is mostly all of a subject."""
+    if offsets:
+        worst = max(offsets, key=offsets.get)
+        others = f" ({len(offsets) - 1} other masks up to as far)" if len(offsets) > 1 else ""
+        text = f"{masks[worst]}: lies {offsets[worst]:.3f} mm beside the CT's grid{others}; taken as the same grid"
+        findings.add("warning", "offset", text, "" if others else worst, offsets[worst])
+
+
+def _places(volume: Volume, path: Path, findings: Findings, name: str) -> np.ndarray | None:
+    """Where a mask is above 0, in the order of the file; None for one with NaN. Reports that, and unusual values."""
     places, unusual, wrong, below, start = [], set(), 0, False, 0
     for piece in volume.pieces():
         inside = places_inside(piece)
@@ -71,8 +85,9 @@ def _places(volume: Volume, path: Path, findings: Findings, name: str) -> np.nda
         below = below or (piece.dtype.kind in "if" and bool((piece < 0).any()))
         start += piece.size
     if wrong:
-        findings.add("error", "NaN", f"{path}: {wrong} voxels are NaN or infinite, expected a mask", name)
-    elif unusual or below:
+        findings.add("error", "NaN", f"{path}: {wrong} voxels are NaN or infinite, expected a mask", name, wrong)
+        return None
+    if unusual or below:
         shown = [f"{value:g}" for value in sorted(unusual)[:5]] + ["values below 0"] * below
         text = f"{path}: expected 0 and 1, found {', '.join(shown)}; everything above 0 is taken as inside"
         findings.add("warning", "not binary", text, name)

@@ -149,30 +149,28 @@ class Volume:
 REPORTED_OFFSET_MM = 1e-3  # grids closer than this are the same grid
 
 
-def same_grid(grid: Grid, ct_grid: Grid, path: Path, findings: Findings, structure: str = "") -> bool:
-    """Whether labels on `grid` lie on the CT's grid; another one is reported as an error, a small offset as a warning.
+def offset_mm(grid: Grid, ct_grid: Grid, path: Path, findings: Findings, structure: str = "") -> float | None:
+    """How far labels on `grid` lie beside the CT's grid; None, and an error in `findings`, for another grid.
 
     Up to half of the smallest voxel side counts as the same grid: affines of the public data set differ by up to
     0.21 mm where the voxels are the same (s0783).
     """
     apart = ct_grid.distance_mm(grid)
-    if apart <= REPORTED_OFFSET_MM:
-        return True
+    if apart == 0:
+        return 0.0
     tolerance = min(ct_grid.spacing_mm) / 2
-    if apart > tolerance:
-        findings.add(
-            "error",
-            "other grid",
-            f"{path}: another grid than the CT: expected shape {ct_grid.shape}, orientation {ct_grid.orientation}, "
-            f"found {grid.shape}, {grid.orientation}, corners {apart:.2f} mm apart (at most {tolerance:.2f}); "
-            "resample the labels to the CT",
-            structure,
-        )
-    else:
-        findings.add(
-            "warning", "offset", f"{path}: lies {apart:.3f} mm beside the CT's grid; taken as the same grid", structure
-        )
-    return apart <= tolerance
+    if apart <= tolerance:
+        return apart if apart > REPORTED_OFFSET_MM else 0.0
+    findings.add(
+        "error",
+        "other grid",
+        f"{path}: another grid than the CT: expected shape {ct_grid.shape}, orientation {ct_grid.orientation}, "
+        f"found {grid.shape}, {grid.orientation}, corners {apart:.2f} mm apart (at most {tolerance:.2f}); "
+        "resample the labels to the CT",
+        structure,
+        apart if math.isfinite(apart) else None,
+    )
+    return None
 
 
 class _NiftiFile:
