@@ -1,4 +1,6 @@
+import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -47,7 +49,25 @@ def test_the_verbs_one_after_the_other(tmp_path):
     assert summary["split"] == "test" and summary["prediction"]["subjects"] == 1
 
 
+def test_a_damaged_subject_is_audited_skipped_or_stops_a_strict_run(phantom_dir, tmp_path):
+    for name in ("s0000", "s0001"):
+        shutil.copytree(phantom_dir / name, tmp_path / "data" / name)
+    assert "subjects, 117 structures" in segkit("stage", "data", "--strict", cwd=tmp_path)
+    clean = segkit("audit", "data", cwd=tmp_path)
+    assert "error" not in clean and "warning" not in clean and "overlap" in clean
+    liver = tmp_path / "data" / "s0001" / "segmentations" / "liver.nii.gz"
+    liver.write_bytes(liver.read_bytes()[:-30])
+    assert "unreadable" in segkit("audit", "data", "--output-dir", "found", cwd=tmp_path, ok=False)
+    [table] = (tmp_path / "found").glob("audit_*.csv")
+    [row] = [row for row in csv.DictReader(table.open()) if row["severity"] == "error"]
+    assert row["subject"] == "s0001" and row["structure"] == "liver" and "liver.nii.gz" in row["message"]
+    assert "1 subjects, 117 structures" in segkit("stage", "data", cwd=tmp_path)
+    strict = segkit("stage", "data", "--strict", cwd=tmp_path, ok=False)
+    assert "segkit: subject s0001" in strict and "liver.nii.gz" in strict
+
+
 def test_errors_are_one_line_with_exit_code_one(tmp_path):
+    assert "choose one of --small" in segkit("download", "there", cwd=tmp_path, ok=False)
     assert "segkit: nowhere: no such folder" in segkit("stage", "nowhere", cwd=tmp_path, ok=False)
     assert "TARGET_SHAPE" in segkit("train", "--target-shape", 10, 10, cwd=tmp_path, ok=False)
     assert "no training run" in segkit("evaluate", cwd=tmp_path, ok=False)
