@@ -54,8 +54,9 @@ def validate(
         with autocast(device, dtype):
             features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
             logits = model.network.head(features).float()
-        part, size = losses.head_bce_sum(features, model.network.head, targets, model.pos_weight)
-        loss, number = loss + float(part), number + int(size)
+        size = int(losses.annotated_number(targets))
+        mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
+        loss, number = loss + float(mean) * size, number + size
         for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
             subject = data.where[order[position]][0]
             counts[subject] = counts.get(subject, 0) + of_slice

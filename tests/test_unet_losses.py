@@ -10,7 +10,15 @@ from torch import nn
 
 from segkit import losses
 from segkit.errors import SegkitError
-from segkit.losses import ModelWithLoss, head_bce_sum, positive_weights, start_bias, structure_frequencies
+from segkit.losses import (
+    LOSSES,
+    ModelWithLoss,
+    annotated_number,
+    head_loss,
+    positive_weights,
+    start_bias,
+    structure_frequencies,
+)
 from segkit.slices import Targets
 from segkit.unet import UNet2D
 
@@ -80,10 +88,10 @@ def dense_loss(features, head, targets, weight):
 def test_the_chunked_head_equals_the_dense_reference_with_every_gradient(seed):
     features, head, targets, weight = random_case(seed)
     inputs = [features, head.weight, head.bias]
-    total, number = head_bce_sum(features, head, targets, weight)
+    loss = head_loss(features, head, targets, weight)
     expected = dense_loss(features, head, targets, weight)
-    assert torch.allclose(total / number, expected, rtol=1e-9)
-    ours, theirs = torch.autograd.grad(total / number, inputs), torch.autograd.grad(expected, inputs)
+    assert torch.allclose(loss, expected, rtol=1e-9)
+    ours, theirs = torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -92,11 +100,12 @@ def test_the_size_of_the_chunks_changes_nothing(monkeypatch, chunk):
     features, head, targets, weight = random_case(5)
     expected = torch.autograd.grad(dense_loss(features, head, targets, weight), features)[0]
     monkeypatch.setattr(losses, "CHUNK_PIXELS", chunk)
-    total, number = head_bce_sum(features, head, targets, weight)
-    assert torch.allclose(torch.autograd.grad(total / number, features)[0], expected, rtol=1e-9)
+    loss = head_loss(features, head, targets, weight)
+    assert torch.allclose(torch.autograd.grad(loss, features)[0], expected, rtol=1e-9)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name):
     features, head, targets, weight = random_case(11)
 
     def loss(x, w, b):
@@ -104,7 +113,7 @@ def test_gradcheck():
         replica.weight, replica.bias = nn.Parameter(w), nn.Parameter(b)
         del replica.weight, replica.bias
         replica.weight, replica.bias = w, b
-        return head_bce_sum(x, replica, targets, weight)[0]
+        return head_loss(x, replica, targets, weight, LOSSES[name])
 
     assert torch.autograd.gradcheck(loss, (features, head.weight, head.bias))
 
@@ -114,33 +123,95 @@ def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
     exact = dense_loss(features, head, targets, weight)
     exact_gradient = torch.autograd.grad(exact, features)[0]
     single = [features.detach().float().requires_grad_(), head.float(), targets, weight.float()]
-    total, number = head_bce_sum(*single)
-    assert torch.allclose(total / number, exact.float(), rtol=1e-5)
-    gradient = torch.autograd.grad(total / number, single[0])[0]
+    loss = head_loss(*single)
+    assert torch.allclose(loss, exact.float(), rtol=1e-5)
+    gradient = torch.autograd.grad(loss, single[0])[0]
     assert torch.allclose(gradient, exact_gradient.float(), rtol=1e-5, atol=1e-7)
     low = features.detach().bfloat16().requires_grad_()
-    total, number = head_bce_sum(low, head, targets, weight.float())
+    loss = head_loss(low, head, targets, weight.float())
     with torch.autocast("cpu", torch.bfloat16):
         dense_low = F.binary_cross_entropy_with_logits(
             head(low).float(), targets.dense().float(), pos_weight=weight.float()[:, None, None], reduction="none"
         )[targets.annotated[:, :, None, None].expand(-1, -1, *low.shape[2:])].mean()
-    assert abs(total / number - exact) <= 2 * abs(dense_low - exact) + 1e-3
+    assert abs(loss - exact) <= 2 * abs(dense_low - exact) + 1e-3
 
 
 def test_a_batch_without_any_annotation_gives_zero_and_no_gradient():
     features, head, targets, weight = random_case(2)
     empty = Targets(targets.codes, targets.codebook, torch.zeros_like(targets.annotated))
-    total, number = head_bce_sum(features, head, empty, weight)
-    assert total == 0 and number == 0
-    assert not torch.autograd.grad(total, features)[0].any()
+    for terms in LOSSES.values():
+        loss = head_loss(features, head, empty, weight, terms)
+        assert loss == 0 and annotated_number(empty) == 0
+        assert not torch.autograd.grad(loss, features)[0].any()
 
 
 def test_without_gradients_none_are_computed():
     features, head, targets, weight = random_case(7)
     with torch.no_grad():
-        total, number = head_bce_sum(features, head, targets, weight)
-    assert total.grad_fn is None
-    assert torch.allclose(total / number, dense_loss(features, head, targets, weight))
+        loss = head_loss(features, head, targets, weight)
+    assert loss.grad_fn is None
+    assert torch.allclose(loss, dense_loss(features, head, targets, weight))
+
+
+def dense_terms(features, head, targets, weight, terms):
+    """The definitions written out on dense planes, for autograd to differentiate."""
+    z, y = head(features), targets.dense().to(features.dtype)
+    annotated = targets.annotated[:, :, None, None].to(z.dtype)
+    p = torch.sigmoid(z)
+    modulated = y * weight[:, None, None] * (1 - p) ** terms.gamma * F.softplus(-z)
+    modulated = modulated + (1 - y) * p**terms.gamma * F.softplus(z)
+    entropy = (modulated * annotated).sum() / (annotated.sum() * z[0, 0].numel())
+    planes = (p * annotated, y * annotated)
+    both, sizes = (planes[0] * planes[1]).sum((0, 2, 3)), sum(plane.sum((0, 2, 3)) for plane in planes)
+    there = planes[1].sum((0, 2, 3)) > 0
+    dice = ((2 * both + 1) / (sizes + 1))[there]
+    return terms.bce * entropy + (terms.dice * (1 - dice.mean()) if there.any() else 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(sorted(LOSSES)))
+def test_every_loss_equals_its_definition_with_every_gradient(seed, name):
+    features, head, targets, weight = random_case(seed)
+    inputs = [features, head.weight, head.bias]
+    loss = head_loss(features, head, targets, weight, LOSSES[name])
+    expected = dense_terms(features, head, targets, weight, LOSSES[name])
+    assert torch.allclose(loss, expected, rtol=1e-9)
+    ours, theirs = torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_dice_and_focal_agree_with_monai():
+    from monai.losses import DiceLoss, FocalLoss
+
+    features, head, targets, _ = random_case(4)
+    targets = Targets(targets.codes, targets.codebook, torch.ones_like(targets.annotated))
+    z, y = head(features), targets.dense().to(features.dtype)
+    one = torch.ones(z.shape[1], dtype=z.dtype)
+    there = y.sum((0, 2, 3)) > 0
+    dice = DiceLoss(sigmoid=True, batch=True, include_background=True, smooth_nr=1, smooth_dr=1)
+    assert torch.allclose(head_loss(features, head, targets, one, LOSSES["dice"]), dice(z[:, there], y[:, there]))
+    focal = FocalLoss(gamma=2.0, include_background=True)
+    assert float(head_loss(features, head, targets, one, LOSSES["focal"])) == pytest.approx(float(focal(z, y)), 1e-5)
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
+    features, head, targets, weight = random_case(6)
+    number = annotated_number(targets)
+    whole = torch.autograd.grad(head_loss(features, head, targets, weight), head.weight)[0]
+    parts = [
+        torch.autograd.grad(
+            head_loss(
+                features[i : i + 1],
+                head,
+                Targets(targets.codes[i : i + 1], targets.codebook[i : i + 1], targets.annotated[i : i + 1]),
+                weight,
+                number=number,
+            ),
+            head.weight,
+        )[0]
+        for i in range(len(features))
+    ]
+    assert torch.allclose(sum(parts), whole, rtol=1e-9)
 
 
 def test_model_with_loss_trains_all_parameters():
