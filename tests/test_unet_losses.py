@@ -40,8 +40,8 @@ def test_shapes_and_the_published_layout():
 
 
 def test_a_pixel_is_seen_from_afar_and_skips_are_used():
+    torch.manual_seed(0)  # few channels: by chance all of a level may be silent
     model = UNet2D(1, 1, (4, 4, 4, 4)).eval()
-    torch.manual_seed(0)
     image = torch.randn(1, 1, 64, 64, requires_grad=True)
     model(image)[0, 0, 32, 32].backward()
     assert (image.grad[0, 0] != 0).nonzero().min() < 8
@@ -191,7 +191,8 @@ def test_dice_and_focal_agree_with_monai():
     dice = DiceLoss(sigmoid=True, batch=True, include_background=True, smooth_nr=1, smooth_dr=1)
     assert torch.allclose(head_loss(features, head, targets, one, LOSSES["dice"]), dice(z[:, there], y[:, there]))
     focal = FocalLoss(gamma=2.0, include_background=True)
-    assert float(head_loss(features, head, targets, one, LOSSES["focal"])) == pytest.approx(float(focal(z, y)), 1e-5)
+    ours = head_loss(features, head, targets, one, LOSSES["focal"])
+    assert ours.item() == pytest.approx(focal(z, y).item(), 1e-5)
 
 
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
