@@ -14,6 +14,7 @@ The files in the order in which data walk through them; each imports only from t
     audit.py         what is wrong with a data set
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
+    settings.py      what a person changes about a training
     slices.py        staged subjects -> batches of slices with their codes
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
     devices.py       which device there is and in which precision it is fast
@@ -22,7 +23,8 @@ The files in the order in which data walk through them; each imports only from t
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold
-    training.py      epochs, checkpoints, history
+    schedule.py      the learning rate of each step, and when training ends early
+    training.py      epochs, checkpoints, history; resumed where it stopped
     inference.py     volume in, codes out
     evaluation.py    one tidy table: a row a subject and structure
     figures.py       curves, overlays, distributions, rankings

@@ -9,6 +9,7 @@ import tyro
 from tyro.conf import Positional
 
 from segkit.errors import Finding, SegkitError
+from segkit.settings import NO_AUGMENTATION, Augmentation, TrainSettings
 
 OUTPUTS = Path("outputs")
 
@@ -105,6 +106,8 @@ def train(
     epochs: int = 5,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
+    schedule: str = "poly",
+    warmup_steps: int = 0,
     target_shape: tuple[int, int] = (256, 256),
     features: tuple[int, ...] = (32, 64, 128, 256),
     structures: tuple[str, ...] | None = None,
@@ -114,7 +117,13 @@ def train(
     slices_per_epoch: int | None = None,
     balance: float = 0.0,
     validation_slices: int | None = None,
+    loss: str = "bce",
     positive_weight_cap: float = 100.0,
+    gradient_clip: float = 0.0,
+    accumulate: int = 1,
+    early_stopping: int | None = None,
+    init_checkpoint: str | None = None,
+    resume: bool = False,
     augment: bool = True,
     flip_left_right: bool = False,
     seed: int = 0,
@@ -130,7 +139,9 @@ def train(
         stage_dir: the store; OUTPUT_DIR/staged by default.
         epochs: passes over the training slices.
         batch_size: slices a step.
-        learning_rate: Adam's, at the start.
+        learning_rate: Adam's, at its highest.
+        schedule: how it falls: poly, cosine, plateau or constant.
+        warmup_steps: over which it rises first.
         target_shape: rows and columns of the network's input, multiples of 16.
         features: channels of the U-Net's levels.
         structures: only these; all that the data have by default.
@@ -140,7 +151,13 @@ def train(
         slices_per_epoch: all by default.
         balance: share of the slices drawn so that rare structures come as often as common ones.
         validation_slices: evenly spaced; all by default.
+        loss: bce, bce_dice, dice or focal.
         positive_weight_cap: how much more an inside pixel may count; 1 is plain BCE.
+        gradient_clip: largest norm of the gradient; 0 for any.
+        accumulate: parts in which a batch is computed, to save memory.
+        early_stopping: epochs without a better validation Dice after which training ends.
+        init_checkpoint: start from these weights, channels matched by name.
+        resume: go on with the interrupted or killed training in the output folder.
         augment: vary training slices: rotation, scale, shift, intensity, noise.
         flip_left_right: mirror slices too, with left and right structures swapped; anatomically false.
         seed: of phantoms, choice of subjects, split, order, augmentation and first weights.
@@ -149,13 +166,15 @@ def train(
         jobs: subjects staged at the same time.
     """
     from segkit import figures, training
-    from segkit.augment import NO_AUGMENTATION, Augmentation
     from segkit.dataset import open_data, phantoms_in
 
-    settings = training.TrainSettings(
-        epochs, batch_size, learning_rate, target_shape, features, positive_weight_cap,
-        Augmentation(flip_left_right=flip_left_right) if augment else NO_AUGMENTATION,
-        context, slices_per_epoch, balance, validation_slices, seed, device, workers,
+    settings = TrainSettings(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule,
+        warmup_steps=warmup_steps, target_shape=target_shape, features=features, loss=loss,
+        positive_weight_cap=positive_weight_cap, gradient_clip=gradient_clip, accumulate=accumulate,
+        augmentation=Augmentation(flip_left_right=flip_left_right) if augment else NO_AUGMENTATION,
+        context=context, slices_per_epoch=slices_per_epoch, balance=balance, validation_slices=validation_slices,
+        early_stopping=early_stopping, init_checkpoint=init_checkpoint, seed=seed, device=device, workers=workers,
     ).checked()  # fmt: skip
     if data_dir is None:
         print("no DATA_DIR: training on phantoms")
@@ -166,7 +185,7 @@ def train(
     def draw(history: training.History) -> None:
         figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
 
-    training.train(data, settings, output_dir, on_epoch=draw)
+    training.train(data, settings, output_dir, on_epoch=draw, resume=resume)
 
 
 def evaluate(

@@ -14,27 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from segkit.errors import SegkitError
+from segkit.settings import Augmentation
 from segkit.slices import AIR_HU, SliceBatch, Targets
 
 HU_RANGE = (-1000.0, 1500.0)
 HU_MIDDLE, HU_UNIT = 40.0, 60.0
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How far training slices are varied. Each is the largest change; 0 or False switches it off."""
-
-    rotation_degrees: float = 15.0
-    scale: float = 0.15  # fraction: 0.15 draws a factor between 0.85 and 1.15
-    shift: float = 0.05  # fraction of the larger side
-    flip_left_right: bool = False  # anatomically false (liver, heart): partner channels are swapped where it is on
-    intensity_scale: float = 0.1  # fraction
-    intensity_shift_hu: float = 20.0  # HU
-    noise_hu: float = 15.0  # HU, largest standard deviation
-
-
-NO_AUGMENTATION = Augmentation(0, 0, 0, False, 0, 0, 0)
+ELASTIC_POINTS = 6
+"""Control points of the elastic deformation along each axis of the target, edge to edge."""
 
 
 @dataclass(frozen=True)
@@ -43,41 +29,35 @@ class Variation:
 
     matrix: torch.Tensor  # float32 (B, 2, 2), from target (y, x) in mm to source (y, x) in mm, about the centres
     shift: torch.Tensor  # float32 (B, 2), fraction of the target's larger side
+    elastic_mm: torch.Tensor  # float32 (B, 2, ELASTIC_POINTS, ELASTIC_POINTS), where control points go to, (y, x)
     mirrored: torch.Tensor  # bool (B,)
-    intensity: torch.Tensor  # float32 (B, 3): factor, shift in HU, standard deviation of the noise in HU
+    intensity: torch.Tensor  # float32 (B, 5): factor, shift in HU, standard deviation of the noise in HU, gamma, blur
     noise_seeds: tuple[int, ...]
-
-
-def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
-    """TARGET_SHAPE, a tuple or list, as (rows, columns). SegkitError unless `levels` halvings leave whole pixels."""
-    step = 2**levels
-    try:
-        rows, columns = (int(side) for side in shape)
-    except (TypeError, ValueError):
-        raise SegkitError(f"TARGET_SHAPE = {shape!r}: expected two whole numbers like (256, 256)") from None
-    if min(rows, columns) < step or rows % step or columns % step:
-        raise SegkitError(
-            f"TARGET_SHAPE = {(rows, columns)}: FEATURES halve it {levels} times: give multiples of {step}"
-        )
-    return rows, columns
 
 
 def draw(settings: Augmentation, seed: int, epoch: int, numbers: Sequence[int]) -> Variation:
     """Draw the variation of each sample from its own random stream (seed, epoch, number in the epoch)."""
     streams = [np.random.default_rng((seed, epoch, int(number))) for number in numbers]
-    unit = np.array([stream.uniform(-1, 1, 8) for stream in streams]).T
+    unit = np.array([stream.uniform(-1, 1, 11) for stream in streams]).T
     angle, scale = np.deg2rad(settings.rotation_degrees * unit[0]), 1 / (1 + settings.scale * unit[1])
     mirrored = (unit[2] > 0) & settings.flip_left_right
     across = np.where(mirrored, -1, 1)
-    matrix = scale * np.array([[np.cos(angle), -np.sin(angle) * across], [np.sin(angle), np.cos(angle) * across]])
+    along = np.where((unit[8] > 0) & settings.flip_up_down, -1, 1)
+    matrix = scale * np.array(
+        [[np.cos(angle) * along, -np.sin(angle) * across], [np.sin(angle) * along, np.cos(angle) * across]]
+    )
     intensity = [
         1 + settings.intensity_scale * unit[5],
         settings.intensity_shift_hu * unit[6],
         settings.noise_hu * np.abs(unit[7]),
+        (1 + settings.gamma) ** unit[9],
+        settings.blur_pixels * np.abs(unit[10]),
     ]
+    elastic = [stream.normal(0, settings.elastic_mm, (2, ELASTIC_POINTS, ELASTIC_POINTS)) for stream in streams]
     return Variation(
         torch.from_numpy(matrix.transpose(2, 0, 1).astype(np.float32)),
         torch.from_numpy((settings.shift * unit[3:5].T).astype(np.float32)),
+        torch.from_numpy(np.stack(elastic).astype(np.float32)),
         torch.from_numpy(mirrored),
         torch.from_numpy(np.stack(intensity, 1).astype(np.float32)),
         tuple(int(stream.integers(2**62)) for stream in streams),
@@ -95,17 +75,11 @@ def to_network(
     Without `variation` the slices are only fitted. `mirrored_channels` (`segkit.labels.mirrored_channels`) is needed
     where slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
     """
-    device = batch.hu.device
-    if variation is None:
-        count = len(batch)
-        matrix, shift = torch.eye(2, device=device).expand(count, 2, 2), torch.zeros(count, 2, device=device)
-    else:
-        matrix, shift = variation.matrix.to(device), variation.shift.to(device)
     shrink = shrinking(batch, target_shape)
-    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), matrix, shift)
+    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
     hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
     hu = F.avg_pool2d(hu, shrink) if shrink > 1 else hu
-    coarse = sampling_grid(batch, target_shape, matrix, shift)
+    coarse = sampling_grid(batch, target_shape, variation)
     codes = _sample(batch.codes.float()[:, None], coarse, "nearest")[:, 0].long()
     hu = hu + AIR_HU
     codebook, annotated = batch.codebook, batch.annotated
@@ -136,7 +110,7 @@ def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> int:
     return int(np.clip(np.ceil(float(factor.max()) - 0.25), 1, 8))
 
 
-def sampling_grid(batch: SliceBatch, shape: tuple[int, int], matrix: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variation | None = None) -> torch.Tensor:
     """For each pixel of `shape` where it lies in the padded slices: (B, H, W, 2) as `grid_sample` takes it, (x, y).
 
     `shape` covers the same area as the fitted target, whatever its resolution.
@@ -145,10 +119,15 @@ def sampling_grid(batch: SliceBatch, shape: tuple[int, int], matrix: torch.Tenso
     rows, columns = (torch.arange(n, device=device) + 0.5 - n / 2 for n in shape)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)  # pixels from the centre, (y, x)
     size = pixel_mm(batch, shape)[:, None, None, None]
-    place = (place + shift[:, None, None] * max(shape)) * size
-    place = (
-        torch.einsum("bij,bhwj->bhwi", matrix, place) / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
-    )
+    if variation is None:
+        place = place * size
+    else:
+        place = (place + variation.shift.to(device)[:, None, None] * max(shape)) * size
+        if variation.elastic_mm.any():
+            points = variation.elastic_mm.to(device)
+            place = place + F.interpolate(points, shape, mode="bicubic", align_corners=True).movedim(1, -1)
+        place = torch.einsum("bij,bhwj->bhwi", variation.matrix.to(device), place)
+    place = place / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
     padded = torch.tensor(batch.codes.shape[1:], device=device)
     return (2 * place / padded - 1).flip(-1)
 
@@ -158,12 +137,29 @@ def _sample(planes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor
 
 
 def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:
-    """Scale, shift and noise on HU (B, P, H, W); air stays what the scale makes of it."""
-    factor, offset, deviation = variation.intensity.to(hu.device).T[..., None, None, None]
+    """Blur, gamma, scale, shift and noise on HU (B, P, H, W); air stays what these make of it."""
+    factor, offset, deviation, gamma, sigma = variation.intensity.to(hu.device).T[..., None, None, None]
+    if variation.intensity[:, 4].any():
+        hu = _blur(hu, sigma)
+    if (variation.intensity[:, 3] != 1).any():
+        low, high = HU_RANGE
+        hu = ((hu - low) / (high - low)).clamp(0, 1) ** gamma * (high - low) + low
     noise = torch.stack(
         [torch.randn(hu.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in variation.noise_seeds]
     )
     return hu * factor + offset + deviation * noise.to(hu.device)
+
+
+def _blur(hu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Each sample blurred with its own Gaussian of standard deviation `sigma` (B, 1, 1, 1) in pixels."""
+    samples, planes, rows, columns = hu.shape
+    reach = 4
+    steps = torch.arange(-reach, reach + 1, device=hu.device, dtype=hu.dtype)
+    kernel = torch.exp(-0.5 * (steps / sigma.flatten()[:, None].clamp(min=1e-3)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(planes, 0)[:, None]
+    flat = F.pad(hu.reshape(1, samples * planes, rows, columns), [reach] * 4, mode="replicate")
+    flat = F.conv2d(flat, kernel[:, :, :, None], groups=samples * planes)
+    return F.conv2d(flat, kernel[:, :, None], groups=samples * planes).reshape(hu.shape)
 
 
 def mirror_targets(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,6 +36,27 @@ class Checkpoint:
         """What the network sees, rows and columns."""
         return tuple(self.settings["target_shape"])
 
+    def start_network(self, network: UNet2D, label_map: Mapping[str, int]) -> list[str]:
+        """Give another network these weights, the head's channels matched by name; the names that found none.
+
+        Raises SegkitError where the levels of the two networks differ.
+        """
+        own, wanted = self.model.state_dict(), network.state_dict()
+        body = [name for name in wanted if not name.startswith("head.")]
+        unlike = [name for name in body if name not in own or own[name].shape != wanted[name].shape]
+        if unlike or own["head.weight"].shape[1:] != wanted["head.weight"].shape[1:]:
+            raise SegkitError(
+                f"INIT_CHECKPOINT {self.path}: another network: expected FEATURES and CONTEXT of {self.network}"
+            )
+        shared = [name for name in label_map if name in self.label_map]
+        for name in body:
+            wanted[name] = own[name]
+        for part in ("head.weight", "head.bias"):
+            for name in shared:
+                wanted[part][label_map[name]] = own[part][self.label_map[name]]
+        network.load_state_dict(wanted)
+        return sorted(set(label_map) - set(shared))
+
     @property
     def threshold(self) -> float:
         """The probability that gave the highest Dice on the validation subjects; 0.5 where none was scored."""
@@ -60,6 +81,20 @@ def save_checkpoint(
     return write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
+def _read(path: Path, what: str) -> dict:
+    """The content of a file that torch wrote, data alone. SegkitError that names it for anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SegkitError(f"{path}: no such {what}; train first, or give the path of one") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SegkitError(f"{path}: no readable {what} ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SegkitError(f"{path}: no {what} of segkit: expected format {FORMAT}")
+    return content
+
+
 def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None) -> Checkpoint:
     """Read a checkpoint without executing anything in it, and rebuild its network.
 
@@ -67,15 +102,7 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     another label map than `label_map` (where one is given).
     """
     path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise SegkitError(f"{path}: no such checkpoint; train first, or give the path of one") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise SegkitError(f"{path}: no readable checkpoint ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SegkitError(f"{path}: no checkpoint of segkit: expected format {FORMAT}")
+    content = _read(path, "checkpoint")
     for name, kind in _FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise SegkitError(
@@ -88,6 +115,39 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     return Checkpoint(
         path, content["epoch"], content["network"], own_map, content["settings"], content["scores"], model
     )
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What resuming a training needs, see `segkit.training`. Weights and optimiser as their `state_dict`."""
+
+    settings: dict
+    label_map: dict[str, int]
+    split: dict
+    history: list[dict]
+    place: int  # slices of the running epoch that were learned from
+    seen: list[float]  # losses of its steps
+    seconds: float  # that it took so far
+    model: dict
+    optimizer: dict
+
+
+def save_state(path: Path, state: TrainingState) -> Path:
+    """Write a state, whole or not at all: the one before it stays until then."""
+    content = {"format": FORMAT, **{f.name: getattr(state, f.name) for f in fields(state)}}
+    return write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_state(path: Path) -> TrainingState:
+    """Read a state without executing anything in it. Raises SegkitError that names the file if it cannot be used."""
+    content = _read(path, "state of a training")
+    try:
+        state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
+    except KeyError as error:
+        raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
+    if not isinstance(state.history, list) or not isinstance(state.place, int) or not isinstance(state.model, dict):
+        raise SegkitError(f"{path}: damaged state of a training; set RESUME = False")
+    return state
 
 
 def _rebuild(path: Path, content: dict, channels: int) -> UNet2D:

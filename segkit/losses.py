@@ -95,16 +95,17 @@ class _ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, weight, bias, targets, pos_weight, terms, number, wanted):
-        """features (B, F, P), weight (C, F), bias (C,), pos_weight (C,), number a scalar.
+    def forward(ctx, features, weight, bias, targets, pos_weight, terms, number, share, wanted):
+        """features (B, F, P), weight (C, F), bias (C,), pos_weight (C,), number and share scalars.
 
-        `wanted`: whether gradients are computed; in here autograd itself is always off.
+        `share`: what part of the effective batch this one is, by which its Dice term counts. `wanted`: whether
+        gradients are computed; in here autograd itself is always off.
         """
         low_weight = weight.to(features.dtype)
         total = features.new_zeros((), dtype=_wide(bias.dtype))
         dice = _SoftDice(_chunks(features, low_weight, bias, targets), len(bias), total) if terms.dice else None
         grads = [torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)] if wanted else []
-        scale = 1 / number.to(total.dtype).clamp(min=1)
+        scale, dice_weight = 1 / number.to(total.dtype).clamp(min=1), terms.dice * share.to(total.dtype)
         if terms.bce or wanted:
             for chunk in _chunks(features, low_weight, bias, targets):
                 loss, slope = _cross_entropy(chunk, pos_weight, terms, wanted)
@@ -112,18 +113,18 @@ class _ChunkedHead(torch.autograd.Function):
                 if not wanted:
                     continue
                 if dice is not None:
-                    dice.add_slope(chunk, slope, terms.dice / scale)
+                    dice.add_slope(chunk, slope, dice_weight / scale)
                 low = slope.to(features.dtype)
                 grads[0][chunk.sample, :, chunk.start : chunk.start + len(low)] = (low @ low_weight).T
                 grads[1] += (chunk.x @ low).T.to(weight.dtype)
                 grads[2] += slope.sum(0).to(bias.dtype)
         ctx.save_for_backward(*(grad.mul_(scale.to(grad.dtype)) for grad in grads))
-        return total * scale + (terms.dice * dice.loss if dice is not None else 0)
+        return total * scale + (dice_weight * dice.loss if dice is not None else 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (*(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None, None, None, None)
+        return (*(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), *[None] * 6)
 
 
 def _cross_entropy(
@@ -196,12 +197,14 @@ def head_loss(
 
     features (B, F, H, W), head a 1 x 1 convolution to C channels, pos_weight (C,). `number`: of annotated (sample,
     channel, pixel) in the effective batch, by which the cross-entropy is divided, so that accumulation and several
-    GPUs give the same gradient as one large batch; those of this batch by default (`annotated_number`).
+    GPUs give the same gradient as one large batch; those of this batch by default (`annotated_number`). The Dice term
+    is of the structures and samples of this batch alone: of parts it is a mean of its parts, not that of the whole.
     """
-    number = annotated_number(targets) if number is None else number
-    weight = head.weight[:, :, 0, 0]
+    own = annotated_number(targets)
+    number = own if number is None else number
+    weight, share = head.weight[:, :, 0, 0], own / number.clamp(min=1)
     return _ChunkedHead.apply(
-        features.flatten(2), weight, head.bias, targets, pos_weight, terms, number, torch.is_grad_enabled()
+        features.flatten(2), weight, head.bias, targets, pos_weight, terms, number, share, torch.is_grad_enabled()
     )
 
 

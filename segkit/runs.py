@@ -13,6 +13,7 @@ from segkit.errors import SegkitError
 
 RUN_FILES = (
     "checkpoint_epoch*.pth",
+    "last_state.pth",
     "label_map.json",
     "split.json",
     "settings.json",

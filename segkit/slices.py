@@ -56,6 +56,11 @@ class SliceBatch:
         """The batch on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    def parts(self, count: int) -> list[SliceBatch]:
+        """The batch in `count` parts of nearly equal size."""
+        pieces = {f.name: getattr(self, f.name).tensor_split(count) for f in fields(self)}
+        return [SliceBatch(**{name: pieces[name][i] for name in pieces}) for i in range(count)]
+
     def __len__(self) -> int:
         return len(self.hu)
 

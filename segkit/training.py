@@ -1,10 +1,10 @@
-"""Training: epochs of slices, validation after each, a checkpoint and a history after each."""
+"""Training: epochs of slices, each with validation, a checkpoint and a history; resumed where it stopped."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,65 +12,23 @@ import torch
 from tqdm.auto import tqdm
 
 from segkit import augment, losses
-from segkit.augment import Augmentation
-from segkit.checkpoints import save_checkpoint
+from segkit.checkpoints import TrainingState, load_checkpoint, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
 from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
 from segkit.runs import start_run, write_json
-from segkit.slices import SliceDataset, Targets, batches, epoch_order
+from segkit.schedule import learning_rate, should_stop
+from segkit.settings import TrainSettings, changed
+from segkit.slices import SliceBatch, SliceDataset, batches, epoch_order
 from segkit.unet import UNet2D
 from segkit.validation import as_row, validate
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a person changes. Stored with every checkpoint."""
-
-    epochs: int = 5
-    batch_size: int = 8  # slices
-    learning_rate: float = 1e-3  # Adam's, at the start; it falls to 0 as (1 - step / steps) ** 0.9
-    target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
-    features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
-    positive_weight_cap: float = 100.0  # 1 is plain BCE, see losses.positive_weights
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
-    slices_per_epoch: int | None = None  # None: all of them
-    balance: float = (
-        0.0  # share of an epoch's slices that is drawn so that rare structures come as often as common ones
-    )
-    validation_slices: int | None = None  # evenly spaced; None: all of them
-    seed: int = 0
-    device: str | None = None  # None: the best there is
-    workers: int = 0  # processes that read slices ahead
-
-    def checked(self) -> TrainSettings:
-        """These settings with shapes as tuples, or SegkitError that names the first that makes no sense."""
-        try:
-            features = tuple(int(width) for width in self.features)
-        except TypeError:
-            raise SegkitError(f"FEATURES = {self.features!r}: expected whole numbers like (32, 64, 128, 256)") from None
-        if not features or min(features) < 1 or features != tuple(self.features):
-            raise SegkitError(f"FEATURES = {self.features!r}: expected whole numbers of 1 or more")
-        target_shape = augment.check_target_shape(self.target_shape, len(features))
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise SegkitError(f"SEED = {self.seed!r}: expected a whole number of 0 or more")
-        pick_device(self.device)
-        for name in ("epochs", "batch_size", "slices_per_epoch", "validation_slices"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise SegkitError(f"{name.upper()} = {value!r}: expected a whole number of 1 or more")
-        if not isinstance(self.context, int) or not 0 <= self.context <= 16:
-            raise SegkitError(f"CONTEXT = {self.context!r}: expected a whole number of slices from 0 to 16")
-        if not 0 <= self.balance <= 1:
-            raise SegkitError(f"BALANCE = {self.balance!r}: expected a share from 0 to 1")
-        if not self.learning_rate > 0:
-            raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
-        if not self.positive_weight_cap >= 1:
-            raise SegkitError(f"POSITIVE_WEIGHT_CAP = {self.positive_weight_cap!r}: expected 1 (plain BCE) or more")
-        return replace(self, target_shape=target_shape, features=features)
-
+STATE_SECONDS = 300
+"""How often the state is saved within an epoch, so that a killed training loses no more."""
+STATE_FILE = "last_state.pth"
+RESUMABLE = ("epochs", "early_stopping", "accumulate", "device", "workers")
+"""Settings that may differ when a training is resumed."""
 
 History = list[dict]
 """One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds."""
@@ -82,38 +40,75 @@ def train(
     output_dir: str | Path,
     on_epoch: Callable[[History], object] | None = None,
     progress: bool = True,
+    resume: bool = False,
 ) -> History:
     """Train a U-Net on the training part of `data.split`, validate after each epoch, write what is named below.
 
     Files of an older run in `output_dir` move away first (`runs.start_run`). It gets label_map.json, split.json and
-    settings.json at the start; checkpoint_epochX.pth and training_history.json after each epoch, when `on_epoch` is
-    called too. Raises SegkitError for settings that make no sense and for a loss that is no longer a number.
+    settings.json at the start; checkpoint_epochX.pth, training_history.json and last_state.pth after each epoch, when
+    `on_epoch` is called too. With `resume` a training that was interrupted or killed goes on from its last_state.pth,
+    to the same weights as if it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the
+    stop button of a notebook) ends the training in order: what was learned is kept in a checkpoint.
+
+    Raises SegkitError for settings that make no sense or differ from those of the training to resume, and for a loss
+    that is no longer a number.
     """
     settings = settings.checked()
     output_dir = Path(output_dir)
-    network = {
-        "in_channels": 2 * settings.context + 1,
-        "out_channels": len(data.label_map),
-        "features": list(settings.features),
-    }
-    trainer = _Trainer(data, settings, network)
-    start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
-    write_json(output_dir / "label_map.json", data.label_map)
-    write_json(output_dir / "split.json", data.split_to_json())
+    trainer = _Trainer(data, settings)
+    if resume and (output_dir / STATE_FILE).is_file():
+        trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
+    else:
+        start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
+        write_json(output_dir / "label_map.json", data.label_map)
+        write_json(output_dir / "split.json", data.split_to_json())
     write_json(output_dir / "settings.json", asdict(settings))
-    history: History = []
-    started = time.monotonic()
-    for epoch in range(1, settings.epochs + 1):
-        history.append(trainer.epoch(epoch, progress))
-        scores = {name: value for name, value in history[-1].items() if name.startswith(("val_", "train_"))}
-        path = output_dir / f"checkpoint_epoch{epoch}.pth"
-        save_checkpoint(path, trainer.model.network, network, data.label_map, asdict(settings), epoch, scores)
-        write_json(output_dir / "training_history.json", {"epochs": history, "validation": "target grid, val split"})
-        if progress:
-            left = (time.monotonic() - started) / epoch * (settings.epochs - epoch)
-            print(epoch_line(history[-1], settings.epochs, left), flush=True)
-        if on_epoch is not None:
-            on_epoch(history)
+    started, done_before = time.monotonic(), len(trainer.history)
+    try:
+        while len(trainer.history) < settings.epochs and not should_stop(settings, trainer.history):
+            trainer.epoch(output_dir / STATE_FILE, progress)
+            _write_epoch(trainer, trainer.history, output_dir)
+            save_state(output_dir / STATE_FILE, trainer.state())
+            if progress:
+                done = len(trainer.history)
+                left = (time.monotonic() - started) / (done - done_before) * (settings.epochs - done)
+                print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
+            if on_epoch is not None:
+                on_epoch(trainer.history)
+    except KeyboardInterrupt:
+        return _keep_interrupted(trainer, output_dir)
+    if progress and len(trainer.history) < settings.epochs:
+        print(f"no better validation Dice for {settings.early_stopping} epochs: ended early")
+    return trainer.history
+
+
+def _write_epoch(trainer: _Trainer, history: History, output_dir: Path) -> None:
+    row = history[-1]
+    scores = {name: value for name, value in row.items() if name.startswith(("val_", "train_"))}
+    path = output_dir / f"checkpoint_epoch{row['epoch']}.pth"
+    save_checkpoint(
+        path,
+        trainer.network,
+        trainer.shape_of_network,
+        trainer.label_map,
+        asdict(trainer.settings),
+        row["epoch"],
+        scores,
+    )
+    write_json(output_dir / "training_history.json", {"epochs": history, "validation": "target grid, val split"})
+
+
+def _keep_interrupted(trainer: _Trainer, output_dir: Path) -> History:
+    """Keep what an unfinished epoch has learned, in the state to resume and as a checkpoint without a score."""
+    if not trainer.seen:
+        return trainer.history
+    save_state(output_dir / STATE_FILE, trainer.state())
+    row = {**trainer.training_row(), "val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": 0.5}
+    history = [*trainer.history, {**row, "interrupted": True}]
+    _write_epoch(trainer, history, output_dir)
+    print(
+        f"interrupted in epoch {row['epoch']} after {row['steps']} steps; its weights are kept, RESUME = True goes on"
+    )
     return history
 
 
@@ -129,11 +124,10 @@ def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
 
 
 class _Trainer:
-    """The model with its optimiser, data and step counter."""
+    """The model with its optimiser and data, and how far it has come."""
 
-    def __init__(self, data: Data, settings: TrainSettings, network: dict):
-        self.settings = settings
-        self.target_shape = settings.target_shape
+    def __init__(self, data: Data, settings: TrainSettings):
+        self.settings, self.label_map, self.split = settings, data.label_map, data.split.to_json()
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
         self.dtype = fast_dtype(self.device)
@@ -141,79 +135,147 @@ class _Trainer:
         self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap)
+        self.shape_of_network = {
+            "in_channels": 2 * settings.context + 1,
+            "out_channels": len(data.label_map),
+            "features": list(settings.features),
+        }
         torch.manual_seed(settings.seed)
-        unet = UNet2D(**network)
-        losses.start_bias(unet.head, frequencies, weights)
-        model = losses.ModelWithLoss(unet, weights.float())
+        self.network = UNet2D(**self.shape_of_network)
+        losses.start_bias(self.network.head, frequencies, weights)
+        if settings.init_checkpoint is not None:
+            load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
+        model = losses.ModelWithLoss(self.network, weights.float(), losses.terms_of(settings.loss))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate)
-        in_epoch = settings.slices_per_epoch or len(self.train_slices)
-        self.steps_total = settings.epochs * -(-in_epoch // settings.batch_size)
-        decay = torch.optim.lr_scheduler.LambdaLR
-        self.schedule = decay(self.optimizer, lambda step: max(1 - step / self.steps_total, 0) ** 0.9)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
+        self.in_epoch = settings.slices_per_epoch or len(self.train_slices)
+        self.history: History = []
+        self.place = 0  # slices of the running epoch that were learned from
+        self.seen: list[float] = []  # losses of its steps
+        self.seconds = 0.0  # that it took before this process
 
-    def epoch(self, epoch: int, progress: bool) -> dict:
-        """Train and validate one epoch; its row of the history."""
-        started = time.monotonic()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        loss, steps = self._train(epoch, progress)
+    def state(self) -> TrainingState:
+        """All that is needed to go on."""
+        return TrainingState(
+            settings=asdict(self.settings),
+            label_map=dict(self.label_map),
+            split=self.split,
+            history=self.history,
+            place=self.place,
+            seen=self.seen,
+            seconds=self.seconds,
+            model=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+
+    def restore(self, state: TrainingState, path: Path) -> None:
+        """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
+        differing = [name for name in changed(self.settings, state.settings) if name not in RESUMABLE]
+        if differing or state.label_map != self.label_map or _plain(state.split) != _plain(self.split):
+            what = ", ".join(name.upper() for name in differing) or "the subjects, their structures or their split"
+            raise SegkitError(
+                f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
+            )
+        self.network.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
+
+    def epoch(self, state_path: Path, progress: bool) -> None:
+        """Train what is left of the running epoch, validate, and add its row to the history."""
+        started = time.monotonic() - self.seconds
+        self._train(state_path, started, progress)
         s = self.settings
         validation = validate(
             self.model,
             self.val_slices,
-            self.target_shape,
+            s.target_shape,
             self.dtype,
             s.batch_size,
             s.validation_slices,
             s.workers,
             progress,
         )
+        row = self.training_row()
         if not np.isfinite(validation.loss):
-            raise SegkitError(f"epoch {epoch}: the validation loss is {validation.loss}: lower LEARNING_RATE")
+            raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
+        row |= {**as_row(validation), "seconds": round(time.monotonic() - started, 2)}
+        self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
+
+    def training_row(self) -> dict:
+        """The row of the running epoch as far as training goes."""
         return {
-            "epoch": epoch,
-            "steps": steps,
-            "learning_rate": learning_rate,
-            "train_loss": loss,
-            **as_row(validation),
-            "seconds": round(time.monotonic() - started, 2),
+            "epoch": len(self.history) + 1,
+            "steps": len(self.seen),
+            "learning_rate": self._rate(0),
+            "train_loss": float(np.mean(self.seen)),
         }
 
-    def _train(self, epoch: int, progress: bool) -> tuple[float, int]:
-        s = self.settings
-        order = epoch_order(
-            len(self.train_slices),
-            s.seed,
-            epoch,
-            s.slices_per_epoch,
-            self.train_slices.holds if s.balance else None,
-            s.balance,
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step of the running epoch."""
+        in_epoch = -(-self.in_epoch // self.settings.batch_size)
+        return learning_rate(
+            self.settings, len(self.history) * in_epoch + step, self.settings.epochs * in_epoch, self.history
         )
-        loader = batches(self.train_slices, order, s.batch_size, s.workers)
+
+    def _train(self, state_path: Path, started: float, progress: bool) -> None:
+        s, epoch = self.settings, len(self.history) + 1
+        holds = self.train_slices.holds if s.balance else None
+        order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch, holds, s.balance)
+        loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place)
         self.model.train()
-        seen = []
-        with tqdm(loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress) as bar:
+        saved = time.monotonic()
+        bar = tqdm(
+            loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress,
+            initial=len(self.seen), total=len(self.seen) + len(loader),
+        )  # fmt: skip
+        with bar:
             for batch in bar:
-                variation = augment.draw(s.augmentation, s.seed, epoch, batch.numbers.tolist())
-                inputs = augment.to_network(batch.to(self.device), self.target_shape, variation, self.mirrored)
-                seen.append(self._step(*inputs))
-                if not np.isfinite(seen[-1]):
-                    where = sorted({self.train_slices.where[order[number]] for number in batch.numbers.tolist()})
+                numbers = batch.numbers.tolist()
+                loss = self._step(batch, epoch)
+                if not np.isfinite(loss):
+                    where = sorted({self.train_slices.where[order[number]] for number in numbers})
                     raise SegkitError(
-                        f"epoch {epoch}: the loss is {seen[-1]} at the slices {where[:4]}: lower LEARNING_RATE, or "
+                        f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
                         "look at these slices; checkpoints of earlier epochs are kept"
                     )
-                bar.set_postfix(loss=f"{np.mean(seen[-50:]):.4f}")
-        return float(np.mean(seen)), len(seen)
+                # only now: what an interrupt leaves behind is the state between two steps
+                self.seen.append(loss)
+                self.place = numbers[-1] + 1
+                bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
+                if time.monotonic() - saved > STATE_SECONDS:
+                    self.seconds = time.monotonic() - started
+                    save_state(state_path, self.state())
+                    saved = time.monotonic()
 
-    def _step(self, images: torch.Tensor, targets: Targets) -> float:
-        with autocast(self.device, self.dtype):
-            loss = self.model(images.contiguous(memory_format=torch.channels_last), targets)
+    def _step(self, batch: SliceBatch, epoch: int) -> float:
+        """One step of the optimiser on a batch, computed in `accumulate` parts; its loss."""
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(len(self.seen))
+        number = batch.annotated.sum().to(self.device) * s.target_shape[0] * s.target_shape[1]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.item()
+        total = 0.0
+        for part in batch.parts(min(s.accumulate, len(batch))):
+            variation = augment.draw(s.augmentation, s.seed, epoch, part.numbers.tolist())
+            images, targets = augment.to_network(part.to(self.device), s.target_shape, variation, self.mirrored)
+            with autocast(self.device, self.dtype):
+                loss = self.model(images.contiguous(memory_format=torch.channels_last), targets, number)
+            loss.backward()
+            total += loss.item()
+        if s.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.gradient_clip)
+        if np.isfinite(total):
+            self.optimizer.step()
+        return total
+
+
+def _plain(split: Mapping) -> dict:
+    """A split without tuples, which a state file does not keep apart from lists."""
+    return {
+        name: [[part["subject"], part["slabs"] and [list(slab) for slab in part["slabs"]]] for part in parts]
+        for name, parts in split.items()
+        if name != "source"
+    }
 
 
 def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:

@@ -14,8 +14,9 @@ from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
 from segkit.evaluation import evaluate
 from segkit.inference import Predictor
+from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
-from segkit.training import TrainSettings, _train_voxels, train
+from segkit.training import _train_voxels, train
 from segkit.unet import UNet2D
 
 V1_ONLY = ("heart_atrium_left", "pulmonary_artery", "face")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from segkit import augment
-from segkit.augment import NO_AUGMENTATION, Augmentation, draw, normalize, to_network
+from segkit.augment import draw, normalize, to_network
 from segkit.errors import SegkitError
 from segkit.inference import to_own_grid
+from segkit.settings import NO_AUGMENTATION, Augmentation, check_target_shape
 from segkit.slices import AIR_HU, SliceBatch, SliceDataset, batches, collate, epoch_order
 from segkit.staging import StagedSubject
 from segkit.subjects import Part
@@ -195,7 +198,12 @@ def test_rotation_by_hand():
     codes[4:8, 14:18] = 1
     variation = draw(NO_AUGMENTATION, 0, 0, [0])
     turned = augment.Variation(
-        torch.tensor([[[0.0, -1.0], [1.0, 0.0]]]), variation.shift, variation.mirrored, variation.intensity, (0,)
+        torch.tensor([[[0.0, -1.0], [1.0, 0.0]]]),
+        variation.shift,
+        variation.elastic_mm,
+        variation.mirrored,
+        variation.intensity,
+        (0,),
     )
     _, targets = to_network(one_batch(codes, codes), (32, 32), turned)
     # target (y, x) samples source (-x, y): the block at source rows -12..-8, columns -2..2 appears at columns 8..12
@@ -208,7 +216,7 @@ def test_mirroring_moves_the_image_and_swaps_partners():
     codes = np.zeros((32, 32))
     codes[10:20, 2:6], codes[10:20, 14:18], codes[0:3, 20:22] = 1, 2, 3
     batch = one_batch(codes * 100, codes, codebook=table)
-    flips = Augmentation(0, 0, 0, True, 0, 0, 0)
+    flips = replace(NO_AUGMENTATION, flip_left_right=True)
     number = next(n for n in range(50) if bool(draw(flips, 0, 0, [n]).mirrored[0]))
     partners = [1, 0, 2, None]  # left, right, middle, a side without its partner
     image, targets = to_network(batch, (32, 32), draw(flips, 0, 0, [number]), partners)
@@ -253,7 +261,7 @@ def test_normalize_by_hand():
 @pytest.mark.parametrize("shape", [(100, 128), (0, 16), "big", 128, (128,), (16, 16, 16), None])
 def test_target_shapes_that_the_network_cannot_halve_are_refused(shape):
     with pytest.raises(SegkitError, match="TARGET_SHAPE"):
-        augment.check_target_shape(shape)
+        check_target_shape(shape)
 
 
 @settings(max_examples=25, deadline=None)

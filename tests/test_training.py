@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkit import training, validation
-from segkit.augment import NO_AUGMENTATION
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
 from segkit.errors import SegkitError
 from segkit.evaluation import evaluate, summarize
 from segkit.inference import Predictor
+from segkit.settings import NO_AUGMENTATION, TrainSettings
 from segkit.slices import Targets
-from segkit.training import TrainSettings, train
+from segkit.training import train
 
 SMALL = TrainSettings(
     epochs=2,
@@ -31,8 +31,8 @@ def test_a_run_writes_what_the_readme_names(phantom_data, tmp_path):
     seen = []
     history = train(phantom_data, SMALL, tmp_path, on_epoch=lambda h: seen.append(len(h)), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "settings.json", "split.json",
-        "training_history.json",
+        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "last_state.pth", "settings.json",
+        "split.json", "training_history.json",
     ]  # fmt: skip
     assert seen == [1, 2] and [row["steps"] for row in history] == [3, 3]
     assert json.loads((tmp_path / "training_history.json").read_text())["epochs"] == history

@@ -1,0 +1,117 @@
+"""What a person changes about a training: plain data without torch, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from segkit.errors import SegkitError
+
+SCHEDULES = ("poly", "cosine", "plateau", "constant")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far training slices are varied. Each is the largest change; 0 or False switches it off."""
+
+    rotation_degrees: float = 15.0
+    scale: float = 0.15  # fraction: 0.15 draws a factor between 0.85 and 1.15
+    shift: float = 0.05  # fraction of the larger side
+    elastic_mm: float = 0.0  # mm, standard deviation of the control points of an elastic deformation
+    flip_left_right: bool = False  # anatomically false (liver, heart): partner channels are swapped where it is on
+    flip_up_down: bool = False  # front and back: for scans whose patients lie on their belly
+    intensity_scale: float = 0.1  # fraction
+    intensity_shift_hu: float = 20.0  # HU
+    noise_hu: float = 15.0  # HU, largest standard deviation
+    gamma: float = 0.0  # 0.2 draws an exponent between 1 / 1.2 and 1.2 for the HU between their ends
+    blur_pixels: float = 0.0  # pixels of the target, largest standard deviation
+
+
+NO_AUGMENTATION = Augmentation(0, 0, 0, 0, False, False, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a person changes. Stored with every checkpoint."""
+
+    epochs: int = 5
+    batch_size: int = 8  # slices a step of the optimiser
+    learning_rate: float = 1e-3  # Adam's, at its highest
+    schedule: str = "poly"  # poly: (1 - progress) ** 0.9; cosine; plateau: halved when the validation Dice stands still
+    warmup_steps: int = 0  # over which the learning rate rises to LEARNING_RATE
+    target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
+    features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
+    loss: str = "bce"  # bce, bce_dice, dice, focal: see losses.LOSSES
+    positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
+    gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
+    accumulate: int = 1  # parts in which a batch is computed, one after the other, to save memory
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
+    slices_per_epoch: int | None = None  # None: all of them
+    balance: float = 0.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
+    validation_slices: int | None = None  # evenly spaced; None: all of them
+    early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
+    init_checkpoint: str | None = None  # start from these weights, channels matched by name
+    seed: int = 0
+    device: str | None = None  # None: the best there is
+    workers: int = 0  # processes that read slices ahead
+
+    def checked(self) -> TrainSettings:
+        """These settings with shapes as tuples, or SegkitError that names the first that makes no sense."""
+        features = _whole_numbers("FEATURES", self.features, "(32, 64, 128, 256)")
+        target_shape = check_target_shape(self.target_shape, len(features))
+        for name in ("epochs", "batch_size", "accumulate"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("slices_per_epoch", "validation_slices", "early_stopping"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
+        for name in ("seed", "workers", "warmup_steps", "context"):
+            _check_whole(name, getattr(self, name), 0)
+        if self.accumulate > self.batch_size:
+            raise SegkitError(f"ACCUMULATE = {self.accumulate}: more parts than BATCH_SIZE = {self.batch_size} slices")
+        if self.schedule not in SCHEDULES:
+            raise SegkitError(f"SCHEDULE = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        if not self.learning_rate > 0:
+            raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
+        if not self.gradient_clip >= 0:
+            raise SegkitError(f"GRADIENT_CLIP = {self.gradient_clip!r}: expected a number above 0, or 0 for none")
+        if not 0 <= self.balance <= 1:
+            raise SegkitError(f"BALANCE = {self.balance!r}: expected a share from 0 to 1")
+        if not self.positive_weight_cap >= 1:
+            raise SegkitError(f"POSITIVE_WEIGHT_CAP = {self.positive_weight_cap!r}: expected 1 (none) or more")
+        return replace(self, target_shape=target_shape, features=features)
+
+
+def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
+    """TARGET_SHAPE, a tuple or list, as (rows, columns). SegkitError unless `levels` halvings leave whole pixels."""
+    step = 2**levels
+    sides = _whole_numbers("TARGET_SHAPE", shape, "(256, 256)")
+    if len(sides) != 2 or min(sides) < step or any(side % step for side in sides):
+        raise SegkitError(f"TARGET_SHAPE = {sides}: FEATURES halve it {levels} times: give two multiples of {step}")
+    return sides
+
+
+def changed(settings: TrainSettings, stored: dict) -> list[str]:
+    """The names of the settings in which these differ from stored ones (`dataclasses.asdict`, through JSON or not)."""
+    return [f.name for f in fields(settings) if _plain(getattr(settings, f.name)) != _plain(stored.get(f.name))]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Augmentation):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _whole_numbers(name: str, value: Sequence[int], example: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in value)
+    except (TypeError, ValueError):
+        raise SegkitError(f"{name} = {value!r}: expected whole numbers like {example}") from None
+    if not numbers or min(numbers) < 1 or numbers != tuple(value):
+        raise SegkitError(f"{name} = {value!r}: expected whole numbers of 1 or more, like {example}")
+    return numbers
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SegkitError(f"{name.upper()} = {value!r}: expected a whole number of {least} or more")

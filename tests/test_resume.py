@@ -1,0 +1,152 @@
+"""Training that was interrupted or killed ends with the weights of one that never stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit import training
+from segkit.checkpoints import load_checkpoint, load_state
+from segkit.errors import SegkitError
+from segkit.settings import TrainSettings
+from segkit.training import train
+
+SETTINGS = TrainSettings(
+    epochs=3, batch_size=4, target_shape=(32, 32), features=(4, 8), slices_per_epoch=14, validation_slices=6,
+    balance=0.5, schedule="plateau", warmup_steps=3, gradient_clip=1.0, device="cpu",
+)  # fmt: skip
+
+
+def weights_of(folder: Path, epoch: int = 3) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / f"checkpoint_epoch{epoch}.pth").model.state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(phantom_data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(phantom_data, SETTINGS, folder, progress=False)
+    return folder
+
+
+def without_times(folder: Path) -> list[dict]:
+    rows = json.loads((folder / "training_history.json").read_text())["epochs"]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 6, 11])
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    phantom_data, uninterrupted, tmp_path, monkeypatch, stop_after
+):
+    steps = []
+    original = training._Trainer._step
+
+    def interrupting(self, batch, epoch):
+        if len(steps) == stop_after:
+            raise KeyboardInterrupt  # the stop button of a notebook
+        steps.append(epoch)
+        return original(self, batch, epoch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Trainer, "_step", interrupting)
+        history = train(phantom_data, SETTINGS, tmp_path, progress=False)
+    # an epoch has 4 steps; where it stopped inside of one, that one's weights are kept without a score
+    assert len(history) == -(-stop_after // 4) and bool(history[-1].get("interrupted")) == bool(stop_after % 4)
+    assert load_checkpoint(tmp_path / f"checkpoint_epoch{len(history)}.pth").threshold > 0
+    train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
+    assert same(weights_of(tmp_path), weights_of(uninterrupted))
+    assert without_times(tmp_path) == without_times(uninterrupted)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(phantom_data, phantom_dir, uninterrupted, tmp_path):
+    """SIGKILL at random moments of a process of its own, until one run comes to its end."""
+    stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_resume, segkit.training\n"
+        "from segkit.dataset import open_data\n"
+        "segkit.training.STATE_SECONDS = 0\n"  # a state after every step
+        f"data = open_data({str(phantom_dir)!r}, {str(stage_dir)!r}, progress=False)\n"
+        f"segkit.training.train(data, test_resume.SETTINGS, {str(tmp_path)!r}, progress=False, resume=True)\n"
+    )
+    moments, kills = random.Random(0), 0
+    while kills < 40:
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        # wait until it trains, then a moment more
+        before = state_time(tmp_path)
+        while child.poll() is None and state_time(tmp_path) == before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.25))
+        if child.poll() is not None:
+            assert child.returncode == 0, child.stderr.read().decode()
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
+        if kills >= 4:  # that is enough: let it come to its end
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            break
+    assert kills > 0
+    assert same(weights_of(tmp_path), weights_of(uninterrupted))
+    assert without_times(tmp_path) == without_times(uninterrupted)
+
+
+def state_time(folder: Path) -> int:
+    try:
+        return (folder / training.STATE_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def test_more_epochs_can_be_added_but_nothing_else_may_change(phantom_data, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    longer = replace(SETTINGS, epochs=4)
+    assert len(train(phantom_data, longer, tmp_path / "run", progress=False, resume=True)) == 4
+    assert same(weights_of(tmp_path / "run"), weights_of(uninterrupted))  # of epoch 3: what was there stays
+    for other, says in ((replace(SETTINGS, seed=1), "SEED"), (replace(SETTINGS, loss="focal"), "LOSS")):
+        with pytest.raises(SegkitError, match=f"cannot be resumed, these differ: {says}"):
+            train(phantom_data, other, tmp_path / "run", progress=False, resume=True)
+    other_split = replace(phantom_data, split=replace(phantom_data.split, train=phantom_data.split.train[1:]))
+    with pytest.raises(SegkitError, match="cannot be resumed, these differ: the subjects"):
+        train(other_split, SETTINGS, tmp_path / "run", progress=False, resume=True)
+
+
+def test_a_state_that_is_none_is_named(tmp_path):
+    path = tmp_path / "last_state.pth"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(SegkitError, match=r"last_state\.pth: no readable state"):
+        load_state(path)
+    torch.save({"format": 1, "settings": {}}, path)
+    with pytest.raises(SegkitError, match=r"last_state\.pth: no state of a training"):
+        load_state(path)
+
+
+def test_where_there_is_nothing_to_resume_a_training_starts(phantom_data, tmp_path):
+    history = train(phantom_data, replace(SETTINGS, epochs=1), tmp_path, progress=False, resume=True)
+    assert len(history) == 1
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_a_batch_computed_in_parts_gives_the_same_training(phantom_data, tmp_path, loss):
+    """Without batch statistics it is the same arithmetic; the network here has them, so they are frozen."""
+    weights = []
+    for parts in (1, 4):
+        trainer = training._Trainer(phantom_data, replace(SETTINGS, accumulate=parts, loss=loss).checked())
+        trainer.model.eval()
+        batch = next(iter(training.batches(trainer.train_slices, [5, 60, 30, 90], 4)))
+        assert trainer._step(batch, 1) == pytest.approx(0.02, abs=0.5)
+        weights.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert torch.allclose(*weights, rtol=2e-2, atol=2e-2 * weights[0].abs().max())
