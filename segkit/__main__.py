@@ -115,7 +115,7 @@ def train(
     max_subjects: int | None = None,
     context: int = 0,
     slices_per_epoch: int | None = None,
-    balance: float = 0.0,
+    balance: float = 1.0,
     validation_slices: int | None = None,
     loss: str = "bce",
     positive_weight_cap: float = 100.0,
@@ -148,10 +148,10 @@ def train(
         exclude: names of subjects to leave out.
         max_subjects: at most so many.
         context: neighbouring slices on each side that the network sees too.
-        slices_per_epoch: all by default.
+        slices_per_epoch: as many as there are by default.
         balance: share of the slices drawn so that rare structures come as often as common ones.
         validation_slices: evenly spaced; all by default.
-        loss: bce, bce_dice, dice or focal.
+        loss: bce, bce_dice, dice, focal or textbook.
         positive_weight_cap: how much more an inside pixel may count; 1 is plain BCE.
         gradient_clip: largest norm of the gradient; 0 for any.
         accumulate: parts in which a batch is computed, to save memory.
@@ -167,6 +167,7 @@ def train(
     """
     from segkit import figures, training
     from segkit.dataset import open_data, phantoms_in
+    from segkit.devices import pick_device
 
     settings = TrainSettings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule,
@@ -176,6 +177,7 @@ def train(
         context=context, slices_per_epoch=slices_per_epoch, balance=balance, validation_slices=validation_slices,
         early_stopping=early_stopping, init_checkpoint=init_checkpoint, seed=seed, device=device, workers=workers,
     ).checked()  # fmt: skip
+    pick_device(device)
     if data_dir is None:
         print("no DATA_DIR: training on phantoms")
         data_dir = phantoms_in(output_dir, seed=seed, jobs=jobs)
@@ -207,7 +209,7 @@ def evaluate(
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
         checkpoint: the one with the best validation Dice by default.
-        threshold: a structure is where its probability exceeds this; the one that validated best by default.
+        threshold: a structure is where its probability exceeds this; by default what validated best for each.
         detected_dice: from this Dice on a structure counts as detected.
         batch_size: slices predicted at a time.
         max_subjects: at most so many.
@@ -222,7 +224,7 @@ def evaluate(
     data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, jobs)
     _report(data.problems)
     loaded = load_checkpoint(checkpoint or best_checkpoint(output_dir), data.label_map)
-    threshold = loaded.threshold if threshold is None else threshold
+    threshold = loaded.thresholds if threshold is None else threshold
     predictor = Predictor(loaded.model, loaded.label_map, loaded.target_shape, threshold, batch_size, device)
     kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
     scores = evaluation.evaluate(predictor, data.staged, parts, split, kept, detected_dice)
@@ -241,8 +243,9 @@ def evaluate(
 
 def demo(
     output_dir: Path = OUTPUTS,
-    epochs: int = 4,
+    epochs: int = 10,
     target_shape: tuple[int, int] = (64, 96),
+    features: tuple[int, ...] = (16, 32, 64, 128),
     learning_rate: float = 2e-3,
 ) -> None:
     """Run both notebooks on phantoms, from nothing to scores and pictures, and print a summary.
@@ -251,11 +254,20 @@ def demo(
         output_dir: where everything lands.
         epochs: of the training notebook.
         target_shape: smaller than the notebook's own and as wide as bodies are, so that two cores do it in minutes.
+        features: half as wide as the notebook's own: more steps in the same time.
         learning_rate: of the training notebook.
     """
     from segkit.demo import run_demo
 
-    run_demo(output_dir, epochs, target_shape, learning_rate)
+    run_demo(
+        output_dir,
+        {
+            "EPOCHS": epochs,
+            "TARGET_SHAPE": list(target_shape),
+            "FEATURES": list(features),
+            "LEARNING_RATE": learning_rate,
+        },
+    )
 
 
 def check() -> None:

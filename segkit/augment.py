@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from segkit.codes import CodeVolume
+from segkit.labels import mirrored_channels
 from segkit.settings import Augmentation
-from segkit.slices import AIR_HU, SliceBatch, Targets
+from segkit.slices import AIR_HU, SliceBatch, SliceDataset, Targets, collate
 
 HU_RANGE = (-1000.0, 1500.0)
 HU_MIDDLE, HU_UNIT = 40.0, 60.0
@@ -68,12 +70,12 @@ def to_network(
     batch: SliceBatch,
     target_shape: tuple[int, int],
     variation: Variation | None = None,
-    mirrored_channels: Sequence[int | None] | None = None,
+    partners: Sequence[int | None] | None = None,
 ) -> tuple[torch.Tensor, Targets]:
     """Images (B, P, H, W) float32 as the network takes them, and their Targets, on the batch's device.
 
-    Without `variation` the slices are only fitted. `mirrored_channels` (`segkit.labels.mirrored_channels`) is needed
-    where slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
+    Without `variation` the slices are only fitted. `partners` (`segkit.labels.mirrored_channels`) is needed where
+    slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
     """
     shrink = shrinking(batch, target_shape)
     fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
@@ -85,8 +87,25 @@ def to_network(
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
         hu = vary_intensity(hu, variation)
-        codebook, annotated = mirror_targets(codebook, annotated, variation.mirrored, mirrored_channels)
+        codebook, annotated = mirror_targets(codebook, annotated, variation.mirrored, partners)
     return normalize(hu), Targets(codes, codebook, annotated)
+
+
+def examples(
+    data: SliceDataset, item: int, settings: Augmentation, target_shape: tuple[int, int], count: int = 4, seed: int = 0
+) -> list[tuple[str, np.ndarray, CodeVolume, tuple[float, float]]]:
+    """A slice as the network sees it, then varied `count` times: samples as `figures.plot_slices` takes them."""
+    batch = collate([(number, data[item]) for number in range(count)])
+    names = tuple(sorted(data.label_map, key=data.label_map.get))
+    middle = batch.hu.shape[1] // 2
+    samples = []
+    for title, variation in (("as it is", None), ("varied", draw(settings, seed, 1, range(count)))):
+        images, targets = to_network(batch, target_shape, variation, mirrored_channels(data.label_map))
+        hu = torch.sinh(images[:, middle]) * HU_UNIT + HU_MIDDLE
+        for k in range(count if variation is not None else 1):
+            volume = CodeVolume(targets.codes[k].numpy(), targets.codebook[k].numpy(), names)
+            samples.append((title, hu[k].numpy(), volume, (1.0, 1.0)))
+    return samples
 
 
 def normalize(hu: torch.Tensor) -> torch.Tensor:
@@ -166,15 +185,15 @@ def mirror_targets(
     codebook: torch.Tensor,
     annotated: torch.Tensor,
     mirrored: torch.Tensor,
-    mirrored_channels: Sequence[int | None] | None,
+    partners: Sequence[int | None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codebooks (B, K, C) and annotated channels (B, C) of a batch in which samples `mirrored` (B,) are mirrored."""
     if not bool(mirrored.any()):
         return codebook, annotated
-    if mirrored_channels is None:
-        raise ValueError("mirrored slices need mirrored_channels")
-    partner = torch.tensor([0 if p is None else p for p in mirrored_channels], device=codebook.device)
-    paired = torch.tensor([p is not None for p in mirrored_channels], device=codebook.device)
+    if partners is None:
+        raise ValueError("mirrored slices need their partners")
+    partner = torch.tensor([0 if p is None else p for p in partners], device=codebook.device)
+    paired = torch.tensor([p is not None for p in partners], device=codebook.device)
     chosen = mirrored.to(codebook.device)
     swapped = codebook[:, :, partner] & paired
     return (

@@ -58,9 +58,10 @@ class Checkpoint:
         return sorted(set(label_map) - set(shared))
 
     @property
-    def threshold(self) -> float:
-        """The probability that gave the highest Dice on the validation subjects; 0.5 where none was scored."""
-        return self.scores.get("val_threshold", 0.5)
+    def thresholds(self) -> tuple[float, ...]:
+        """The probability of each channel above which its structure is, from validation; 0.5 where none was scored."""
+        chosen = self.scores.get("thresholds")
+        return tuple(chosen) if chosen else (0.5,) * len(self.label_map)
 
 
 def save_checkpoint(
@@ -109,6 +110,9 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
                 f"{path}: damaged checkpoint: {name} is {type(content.get(name)).__name__}, not {kind.__name__}"
             )
     own_map = check_label_map(content["label_map"], f"{path} (label map)")
+    chosen = content["scores"].get("thresholds") or [0.5] * len(own_map)
+    if len(chosen) != len(own_map) or not all(isinstance(value, float) and 0 < value < 1 for value in chosen):
+        raise SegkitError(f"{path}: damaged checkpoint: expected a threshold for each of {len(own_map)} structures")
     if label_map is not None and dict(label_map) != own_map:
         raise SegkitError(f"{path}: trained with another label map: {_difference(own_map, dict(label_map))}")
     model = _rebuild(path, content, len(own_map))

@@ -16,8 +16,10 @@ from segkit.runs import make_folder, project_root
 NOTEBOOKS = ("train_unet", "segmentation_detection_analysis")
 
 
-def run_demo(output_dir: Path, epochs: int, target_shape: tuple[int, int], learning_rate: float) -> None:
+def run_demo(output_dir: Path, training: Mapping[str, object]) -> None:
     """Execute both notebooks into `output_dir`/notebooks and print scores, files and the time of each stage.
+
+    `training`: what the configuration cell of the training notebook gets.
 
     Raises SegkitError if the notebooks are not there (segkit was installed without them).
     """
@@ -25,7 +27,6 @@ def run_demo(output_dir: Path, epochs: int, target_shape: tuple[int, int], learn
     root = project_root()
     output_dir = (root / output_dir).resolve()
     executed = make_folder(output_dir / "notebooks")
-    training = {"EPOCHS": epochs, "TARGET_SHAPE": list(target_shape), "LEARNING_RATE": learning_rate}
     seconds: dict[str, float] = {}
     for name, parameters in zip(NOTEBOOKS, (training, {}), strict=True):
         source = root / "notebooks" / f"{name}.ipynb"

@@ -131,7 +131,7 @@ def plot_history(history: Sequence[Mapping]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for column, label in (("train_loss", "training"), ("val_loss", "validation")):
         left.plot(table["epoch"], table[column], marker="o", label=label)
-    left.set(xlabel="epoch", ylabel="loss (weighted BCE)", title="Loss", yscale="log")
+    left.set(xlabel="epoch", ylabel="loss", title="Loss", yscale="log")
     left.legend()
     right.plot(table["epoch"], table["val_dice"].astype(float), marker="o", color="tab:green")
     right.set(xlabel="epoch", ylabel="macro Dice", title="Validation Dice (val split, network's grid)", ylim=(0, 1))

@@ -21,20 +21,24 @@ from segkit.unet import UNet2D
 
 
 class Predictor:
-    """A trained network on its device, ready for volumes. A structure is where its probability exceeds `threshold`."""
+    """A trained network on its device, ready for volumes.
+
+    A structure is where its probability exceeds `threshold`: one for all, or one a channel (`Checkpoint.thresholds`).
+    """
 
     def __init__(
         self,
         model: UNet2D,
         label_map: Mapping[str, int],
         target_shape: tuple[int, int],
-        threshold: float = 0.5,
+        threshold: float | Sequence[float] = 0.5,
         batch_size: int = 8,
         device: str | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SegkitError(f"BATCH_SIZE = {batch_size!r}: expected a whole number of 1 or more")
-        if not 0 < threshold < 1:
+        thresholds = np.broadcast_to(np.asarray(threshold, float), len(label_map))
+        if not ((thresholds > 0) & (thresholds < 1)).all():
             raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")
         self.asked_device = device
         self.device = pick_device(device)
@@ -43,7 +47,7 @@ class Predictor:
         self.label_map = dict(label_map)
         self.structures = tuple(sorted(label_map, key=label_map.get))
         self.target_shape = tuple(target_shape)  # the network itself refuses a shape that it cannot halve
-        self.logit_threshold = float(np.log(threshold / (1 - threshold)))
+        self.logit_thresholds = torch.tensor(np.log(thresholds / (1 - thresholds)), dtype=torch.float32)
         self.batch_size = batch_size
 
     def __getstate__(self) -> dict:
@@ -62,8 +66,8 @@ class Predictor:
         data = SliceDataset({subject.name: subject}, [part or Part(subject.name)], self.label_map, context)
         loader = batches(data, range(len(data)), self.batch_size)
         loader = tqdm(loader, desc=f"predicting {subject.name}", unit="batch", leave=False, disable=not progress)
-        pieces = ((self.structures, self._logits(batch), batch) for batch in loader)
-        return _gather(pieces, self.structures, self.logit_threshold)
+        pieces = ((self.structures, self._above(batch), batch) for batch in loader)
+        return _gather(pieces, self.structures)
 
     def predict_slices(self, subject: StagedSubject, slices: Sequence[int]) -> dict[int, CodeVolume]:
         """Label codes (y, x) of single slices, by slice number."""
@@ -71,10 +75,12 @@ class Predictor:
         return {z: volume.with_codes(codes) for z, codes in zip(slices, volume.codes, strict=True)}
 
     @torch.no_grad()
-    def _logits(self, batch: SliceBatch) -> torch.Tensor:
+    def _above(self, batch: SliceBatch) -> torch.Tensor:
+        """By how much the logits exceed the thresholds, (B, C, H, W) float32 on the network's grid."""
         images, _ = augment.to_network(batch.to(self.device), self.target_shape)
         with autocast(self.device, self.dtype):
-            return self.model(images.contiguous(memory_format=torch.channels_last)).float()
+            logits = self.model(images.contiguous(memory_format=torch.channels_last)).float()
+        return logits - self.logit_thresholds.to(self.device)[:, None, None]
 
 
 def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int]) -> CodeVolume:
@@ -87,21 +93,19 @@ def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape
     data = SliceDataset({subject.name: subject}, [Part(subject.name)], label_map)
     loader = batches(data, range(len(data)), 8)
     targets = ((augment.to_network(batch, target_shape)[1], batch) for batch in loader)
-    return _gather(((held, target.dense().float() * 2 - 1, batch) for target, batch in targets), structures, 0.0)
+    return _gather(((held, target.dense().float() * 2 - 1, batch) for target, batch in targets), structures)
 
 
 def _gather(
-    pieces: Iterator[tuple[Sequence[str], torch.Tensor, SliceBatch]],
-    structures: tuple[str, ...],
-    logit_threshold: float,
+    pieces: Iterator[tuple[Sequence[str], torch.Tensor, SliceBatch]], structures: tuple[str, ...]
 ) -> CodeVolume:
-    """Codes of all slices from (names of C channels, logits (B, C, H, W) on the network's grid, batch)."""
+    """Codes of all slices from (names of C channels, planes (B, C, H, W) that are above 0 inside, batch)."""
     writer = CodeWriter(structures)
     codes = []
-    for channel_names, logits, batch in pieces:
-        # interpolation never rises above the highest logit: channels below the threshold everywhere can stay behind
-        occurring = (logits.amax((0, 2, 3)) > logit_threshold).nonzero().flatten()
-        own = to_own_grid(logits[:, occurring], batch) > logit_threshold
+    for channel_names, planes, batch in pieces:
+        # interpolation never rises above the highest value: channels below 0 everywhere can stay behind
+        occurring = (planes.amax((0, 2, 3)) > 0).nonzero().flatten()
+        own = to_own_grid(planes[:, occurring], batch) > 0
         names = [channel_names[channel] for channel in occurring.tolist()]
         masks = zip(names, own.movedim(1, 0).cpu().numpy(), strict=True)
         codes.append(writer.add(encode(masks, (len(own), *own.shape[2:]))))

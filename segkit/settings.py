@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from segkit.errors import SegkitError
 
 SCHEDULES = ("poly", "cosine", "plateau", "constant")
+LOSS_NAMES = ("bce", "bce_dice", "dice", "focal", "textbook")
+"""What they are: `segkit.losses.LOSSES`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Augmentation:
 NO_AUGMENTATION = Augmentation(0, 0, 0, 0, False, False, 0, 0, 0, 0, 0)
 
 
+def make_augmentation(on: bool = True, changes: Mapping[str, float | bool] | None = None) -> Augmentation:
+    """AUGMENT and AUGMENTATION of the notebook: the default with `changes`, or none. SegkitError for other names."""
+    names = [f.name for f in fields(Augmentation)]
+    unknown = sorted(set(changes or {}) - set(names))
+    if unknown:
+        raise SegkitError(f"AUGMENTATION names {', '.join(unknown)}; there are {', '.join(names)}")
+    return replace(Augmentation() if on else NO_AUGMENTATION, **(changes or {} if on else {}))
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """What a person changes. Stored with every checkpoint."""
@@ -41,14 +52,14 @@ class TrainSettings:
     warmup_steps: int = 0  # over which the learning rate rises to LEARNING_RATE
     target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
-    loss: str = "bce"  # bce, bce_dice, dice, focal: see losses.LOSSES
+    loss: str = "bce"  # bce, bce_dice, dice, focal, textbook: see losses.LOSSES
     positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
     gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
     accumulate: int = 1  # parts in which a batch is computed, one after the other, to save memory
     augmentation: Augmentation = field(default_factory=Augmentation)
     context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
-    slices_per_epoch: int | None = None  # None: all of them
-    balance: float = 0.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
+    slices_per_epoch: int | None = None  # None: as many as there are
+    balance: float = 1.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
     validation_slices: int | None = None  # evenly spaced; None: all of them
     early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
     init_checkpoint: str | None = None  # start from these weights, channels matched by name
@@ -69,8 +80,9 @@ class TrainSettings:
             _check_whole(name, getattr(self, name), 0)
         if self.accumulate > self.batch_size:
             raise SegkitError(f"ACCUMULATE = {self.accumulate}: more parts than BATCH_SIZE = {self.batch_size} slices")
-        if self.schedule not in SCHEDULES:
-            raise SegkitError(f"SCHEDULE = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        for name, known in (("schedule", SCHEDULES), ("loss", LOSS_NAMES)):
+            if getattr(self, name) not in known:
+                raise SegkitError(f"{name.upper()} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
         if not self.learning_rate > 0:
             raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
         if not self.gradient_clip >= 0:

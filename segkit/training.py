@@ -85,6 +85,7 @@ def train(
 def _write_epoch(trainer: _Trainer, history: History, output_dir: Path) -> None:
     row = history[-1]
     scores = {name: value for name, value in row.items() if name.startswith(("val_", "train_"))}
+    scores["thresholds"] = list(trainer.thresholds)
     path = output_dir / f"checkpoint_epoch{row['epoch']}.pth"
     save_checkpoint(
         path,
@@ -134,7 +135,8 @@ class _Trainer:
         self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
         self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
-        weights = losses.positive_weights(frequencies, settings.positive_weight_cap)
+        terms = losses.LOSSES[settings.loss]
+        weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
         self.shape_of_network = {
             "in_channels": 2 * settings.context + 1,
             "out_channels": len(data.label_map),
@@ -142,10 +144,11 @@ class _Trainer:
         }
         torch.manual_seed(settings.seed)
         self.network = UNet2D(**self.shape_of_network)
-        losses.start_bias(self.network.head, frequencies, weights)
+        if terms.helped:
+            losses.start_bias(self.network.head, frequencies, weights)
         if settings.init_checkpoint is not None:
             load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
-        model = losses.ModelWithLoss(self.network, weights.float(), losses.terms_of(settings.loss))
+        model = losses.ModelWithLoss(self.network, weights.float(), terms)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
         self.in_epoch = settings.slices_per_epoch or len(self.train_slices)
@@ -153,6 +156,7 @@ class _Trainer:
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
         self.seconds = 0.0  # that it took before this process
+        self.thresholds: tuple[float, ...] = ()  # of each channel, from the last validation
 
     def state(self) -> TrainingState:
         """All that is needed to go on."""
@@ -199,6 +203,7 @@ class _Trainer:
         if not np.isfinite(validation.loss):
             raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
         row |= {**as_row(validation), "seconds": round(time.monotonic() - started, 2)}
+        self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
 
     def training_row(self) -> dict:

@@ -1,4 +1,4 @@
-"""Scores during training: loss, macro Dice on the network's grid, and the threshold at which it is highest."""
+"""Scores during training: loss, macro Dice on the network's grid, and the thresholds at which it is highest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segkit.devices import autocast
 from segkit.losses import ModelWithLoss
 from segkit.slices import SliceDataset, Targets, batches
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Validation:
     dice: float
     structures: int  # that a validation subject holds: what `dice` is the mean of
     threshold: float
+    thresholds: tuple[float, ...]  # of each channel, see `choose_thresholds`
 
 
 @torch.no_grad()
@@ -60,10 +61,25 @@ def validate(
         for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
             subject = data.where[order[position]][0]
             counts[subject] = counts.get(subject, 0) + of_slice
-    scores = [macro_dice(at) for at in torch.stack(list(counts.values()), 1).cpu().numpy()]
-    means = np.nan_to_num([mean for mean, _ in scores])
+    table = torch.stack(list(counts.values()), 1).cpu().numpy()
+    best, thresholds = choose_thresholds(table)
+    return Validation(loss / max(number, 1), *macro_dice(table[best]), THRESHOLDS[best], thresholds)
+
+
+def choose_thresholds(counts: np.ndarray) -> tuple[int, tuple[float, ...]]:
+    """From counts (T, subjects, 3, C): which threshold gives the highest macro Dice, and a threshold for each channel.
+
+    A channel's own best threshold rests on the few subjects that hold the structure; so it is taken half of the way
+    from the common one, in logits. A channel that no subject holds gets the common one.
+    """
+    means = np.nan_to_num([macro_dice(at)[0] for at in counts])
     best = int(np.argmax(means)) if means.any() else THRESHOLDS.index(0.5)
-    return Validation(loss / max(number, 1), *scores[best], THRESHOLDS[best])
+    tp, fp, fn = counts.transpose(2, 0, 1, 3)
+    per_channel, _ = metrics.nan_mean(np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan), axis=1)
+    logits = np.log(np.divide(THRESHOLDS, np.subtract(1, THRESHOLDS)))
+    scored = np.nan_to_num(per_channel).any(0)
+    own = logits[np.where(scored, np.nan_to_num(per_channel).argmax(0), best)]
+    return best, tuple((1 / (1 + np.exp(-(own + logits[best]) / 2))).tolist())
 
 
 def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
         history = train(phantom_data, SETTINGS, tmp_path, progress=False)
     # an epoch has 4 steps; where it stopped inside of one, that one's weights are kept without a score
     assert len(history) == -(-stop_after // 4) and bool(history[-1].get("interrupted")) == bool(stop_after % 4)
-    assert load_checkpoint(tmp_path / f"checkpoint_epoch{len(history)}.pth").threshold > 0
+    assert load_checkpoint(tmp_path / f"checkpoint_epoch{len(history)}.pth").thresholds[0] > 0
     train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
     assert same(weights_of(tmp_path), weights_of(uninterrupted))
     assert without_times(tmp_path) == without_times(uninterrupted)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from segkit import augment
@@ -282,3 +283,46 @@ def test_single_slice_parts(phantom_data):
     name = phantom_data.split.train[0].subject
     data = SliceDataset(phantom_data.staged, [Part(name, ((3, 5), (9, 10)))], phantom_data.label_map)
     assert data.where == [(name, 3), (name, 4), (name, 9)]
+
+
+def varied(hu, seed=0, **settings):
+    """A slice with only the named variations, in HU."""
+    variation = draw(replace(NO_AUGMENTATION, **settings), seed, 0, [0])
+    image, targets = to_network(one_batch(hu, hu > 0), hu.shape, variation)
+    return in_hu(image)[0, 0].numpy(), targets.codes[0].numpy()
+
+
+def test_elastic_deformation_moves_image_and_codes_together_and_no_further_than_it_says():
+    rows, columns = np.indices((64, 64))
+    disc = np.where(((rows - 31.5) ** 2 + (columns - 31.5) ** 2) < 20**2, 100, -100)
+    moved, codes = varied(disc, elastic_mm=2.0)
+    assert (codes != (disc > 0)).any() and np.isin(codes, (0, 1)).all()
+    assert ((moved > 0) == (codes == 1)).mean() > 0.99
+    distance = np.hypot(rows - 31.5, columns - 31.5)
+    assert codes[distance < 12].all() and not codes[distance > 28].any()  # four deviations of the control points
+    still, same = varied(disc, elastic_mm=0.0)
+    assert np.allclose(still, disc, atol=0.5) and np.array_equal(same, disc > 0)
+
+
+def test_gamma_bends_between_ends_that_stay():
+    hu = np.array([[-1000, 0], [250, 1500]]).repeat(16, 0).repeat(16, 1)
+    bent, _ = varied(hu, gamma=0.5)
+    unit = np.random.default_rng((0, 0, 0)).uniform(-1, 1, 11)
+    expected = ((hu + 1000) / 2500) ** (1.5 ** unit[9]) * 2500 - 1000
+    assert np.allclose(bent, expected, atol=1)
+    assert np.allclose(bent[[0, -1], [0, -1]], [-1000, 1500], atol=1) and abs(bent[0, -1]) > 5
+
+
+def test_blur_agrees_with_scipy():
+    hu = np.random.default_rng(0).integers(-300, 300, (48, 48))
+    blurred, _ = varied(hu, blur_pixels=1.5)
+    sigma = 1.5 * abs(np.random.default_rng((0, 0, 0)).uniform(-1, 1, 11)[10])
+    expected = ndimage.gaussian_filter(hu.astype(float), sigma, mode="nearest", radius=4)
+    assert np.allclose(blurred, expected, atol=1) and sigma > 0.2
+
+
+def test_flipping_up_and_down_keeps_the_sides():
+    hu = np.random.default_rng(1).integers(-300, 300, (32, 32))
+    flipped = {seed: np.allclose(varied(hu, seed, flip_up_down=True)[0], hu[::-1], atol=0.5) for seed in range(12)}
+    kept = {seed: np.allclose(varied(hu, seed, flip_up_down=True)[0], hu, atol=0.5) for seed in range(12)}
+    assert all(flipped[seed] != kept[seed] for seed in range(12)) and any(flipped.values()) and any(kept.values())

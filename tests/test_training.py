@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from segkit.dataset import open_data
 from segkit.errors import SegkitError
 from segkit.evaluation import evaluate, summarize
 from segkit.inference import Predictor
-from segkit.settings import NO_AUGMENTATION, TrainSettings
+from segkit.losses import LOSSES
+from segkit.settings import LOSS_NAMES, NO_AUGMENTATION, TrainSettings
 from segkit.slices import Targets
 from segkit.training import train
+from segkit.validation import THRESHOLDS, choose_thresholds
 
 SMALL = TrainSettings(
     epochs=2,
@@ -118,7 +121,13 @@ def test_validation_counts_equal_those_of_dense_planes(seed):
         {"target_shape": 256},
         {"target_shape": (48, 48), "features": (4, 4, 4, 4, 4)},
         {"seed": -1},
-        {"device": "cuda:77"},
+        {"loss": "bce "},
+        {"schedule": "step"},
+        {"context": -1},
+        {"balance": 1.5},
+        {"accumulate": 99},
+        {"gradient_clip": -1.0},
+        {"early_stopping": 0},
         {"learning_rate": float("nan")},
     ],
 )
@@ -158,3 +167,49 @@ def test_the_threshold_is_one_half_where_nothing_was_scored(phantom_data):
     model = ModelWithLoss(UNet2D(1, 1, (2, 2)), torch.ones(1))
     result = validate(model, data, (32, 32), torch.float32, 4, slices=4, progress=False)
     assert result.threshold == 0.5 and np.isnan(result.dice) and result.structures == 0
+
+
+def test_the_names_of_losses_are_those_that_there_are():
+    assert tuple(LOSSES) == LOSS_NAMES
+
+
+def test_textbook_starts_from_default_weights_without_help(phantom_data):
+    trainers = [training._Trainer(phantom_data, replace(SMALL, loss=loss).checked()) for loss in ("textbook", "bce")]
+    assert (trainers[0].model.pos_weight == 1).all() and (trainers[1].model.pos_weight > 1).any()
+    assert trainers[0].network.head.bias.abs().max() < 1 and trainers[1].network.head.bias.mean() < -3
+
+
+def test_starting_from_another_model_matches_channels_by_name(phantom_data, tmp_path):
+    train(phantom_data, replace(SMALL, epochs=1), tmp_path / "first", progress=False)
+    path = tmp_path / "first" / "checkpoint_epoch1.pth"
+    names = ["spleen", "liver", "aorta"]
+    smaller = replace(phantom_data, label_map={name: channel for channel, name in enumerate(names)})
+    trainer = training._Trainer(smaller, replace(SMALL, init_checkpoint=str(path)).checked())
+    first = load_checkpoint(path)
+    assert torch.equal(trainer.network.down[0][0].weight, first.model.down[0][0].weight)
+    for channel, name in enumerate(names):
+        assert torch.equal(trainer.network.head.weight[channel], first.model.head.weight[first.label_map[name]])
+    with pytest.raises(SegkitError, match=r"INIT_CHECKPOINT .*another network"):
+        training._Trainer(smaller, replace(SMALL, features=(4, 8, 16), init_checkpoint=str(path)).checked())
+
+
+def test_thresholds_are_chosen_by_hand():
+    # two subjects, three channels: the first is best at the lowest threshold, the second at the highest, the third
+    # is held by nobody; in all the middle one is best
+    counts = np.zeros((len(THRESHOLDS), 2, 3, 3), int)
+    middle = len(THRESHOLDS) // 2
+    for at in range(len(THRESHOLDS)):
+        wrong = abs(np.array([0, len(THRESHOLDS) - 1]) - at)
+        counts[at, :, 0, :2], counts[at, :, 1, :2] = 10, wrong
+    counts[middle, :, 1, :2] = 1
+    best, thresholds = choose_thresholds(counts)
+    assert best == middle or counts[best, 0, 1, :2].sum() <= 2
+
+    def half_way(a, b):
+        logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+        return 1 / (1 + np.exp(-(logit(a) + logit(b)) / 2))
+
+    common = THRESHOLDS[best]
+    assert thresholds[2] == pytest.approx(common)
+    assert thresholds[0] == pytest.approx(half_way(THRESHOLDS[0], common))
+    assert thresholds[1] == pytest.approx(half_way(THRESHOLDS[-1], common))
