@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
 
 from segkit.errors import Finding, SegkitError
-from segkit.settings import NO_AUGMENTATION, Augmentation, TrainSettings
+from segkit.settings import NO_AUGMENTATION, TrainSettings
 
 OUTPUTS = Path("outputs")
 
@@ -100,84 +101,38 @@ def stage(
 
 
 def train(
+    settings: TrainSettings,
     data_dir: Positional[Path | None] = None,
     output_dir: Path = OUTPUTS,
     stage_dir: Path | None = None,
-    epochs: int = 5,
-    batch_size: int = 8,
-    learning_rate: float = 1e-3,
-    schedule: str = "poly",
-    warmup_steps: int = 0,
-    target_shape: tuple[int, int] = (256, 256),
-    features: tuple[int, ...] = (32, 64, 128, 256),
     structures: tuple[str, ...] | None = None,
     exclude: tuple[str, ...] = (),
     max_subjects: int | None = None,
-    context: int = 0,
-    slices_per_epoch: int | None = None,
-    balance: float = 1.0,
-    validation_slices: int | None = None,
-    loss: str = "bce",
-    positive_weight_cap: float = 100.0,
-    gradient_clip: float = 0.0,
-    accumulate: int = 1,
-    early_stopping: int | None = None,
-    init_checkpoint: str | None = None,
-    resume: bool = False,
-    augment: bool = True,
-    flip_left_right: bool = False,
-    seed: int = 0,
-    device: str | None = None,
-    workers: int = 0,
     jobs: int = 1,
+    augment: bool = True,
+    resume: bool = False,
 ) -> None:
     """Stage what is not staged yet and train a U-Net; checkpoints and history go to the output folder.
 
     Args:
+        settings: of the training.
         data_dir: folder of subjects; without it a phantom data set is made in the output folder.
         output_dir: files of an older run in it are moved to its runs/.
         stage_dir: the store; OUTPUT_DIR/staged by default.
-        epochs: passes over the training slices.
-        batch_size: slices a step.
-        learning_rate: Adam's, at its highest.
-        schedule: how it falls: poly, cosine, plateau or constant.
-        warmup_steps: over which it rises first.
-        target_shape: rows and columns of the network's input, multiples of 16.
-        features: channels of the U-Net's levels.
         structures: only these; all that the data have by default.
         exclude: names of subjects to leave out.
         max_subjects: at most so many.
-        context: neighbouring slices on each side that the network sees too.
-        slices_per_epoch: as many as there are by default.
-        balance: share of the slices drawn so that rare structures come as often as common ones.
-        validation_slices: evenly spaced; all by default.
-        loss: bce, bce_dice, dice, focal or textbook.
-        positive_weight_cap: how much more an inside pixel may count; 1 is plain BCE.
-        gradient_clip: largest norm of the gradient; 0 for any.
-        accumulate: parts in which a batch is computed, to save memory.
-        early_stopping: epochs without a better validation Dice after which training ends.
-        init_checkpoint: start from these weights, channels matched by name.
-        resume: go on with the interrupted or killed training in the output folder.
-        augment: vary training slices: rotation, scale, shift, intensity, noise.
-        flip_left_right: mirror slices too, with left and right structures swapped; anatomically false.
-        seed: of phantoms, choice of subjects, split, order, augmentation and first weights.
-        device: cpu, cuda, cuda:1 or mps; the best there is by default.
-        workers: processes that read slices ahead; 2 to 4 with a GPU.
         jobs: subjects staged at the same time.
+        augment: vary training slices, as the settings of the augmentation say.
+        resume: go on with the interrupted or killed training in the output folder.
     """
     from segkit import figures, training
     from segkit.dataset import open_data, phantoms_in
     from segkit.devices import pick_device
 
-    settings = TrainSettings(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule,
-        warmup_steps=warmup_steps, target_shape=target_shape, features=features, loss=loss,
-        positive_weight_cap=positive_weight_cap, gradient_clip=gradient_clip, accumulate=accumulate,
-        augmentation=Augmentation(flip_left_right=flip_left_right) if augment else NO_AUGMENTATION,
-        context=context, slices_per_epoch=slices_per_epoch, balance=balance, validation_slices=validation_slices,
-        early_stopping=early_stopping, init_checkpoint=init_checkpoint, seed=seed, device=device, workers=workers,
-    ).checked()  # fmt: skip
-    pick_device(device)
+    settings = (settings if augment else replace(settings, augmentation=NO_AUGMENTATION)).checked()
+    pick_device(settings.device)
+    seed = settings.seed
     if data_dir is None:
         print("no DATA_DIR: training on phantoms")
         data_dir = phantoms_in(output_dir, seed=seed, jobs=jobs)
@@ -286,7 +241,9 @@ def main() -> None:
     """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
     verbs = {verb.__name__: verb for verb in (phantom, download, audit, stage, train, evaluate, demo, check)}
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m segkit", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            verbs, prog="python -m segkit", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        )
     except SegkitError as error:
         sys.exit(f"segkit: {error}")
 

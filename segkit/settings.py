@@ -45,7 +45,7 @@ def make_augmentation(on: bool = True, changes: Mapping[str, float | bool] | Non
 class TrainSettings:
     """What a person changes. Stored with every checkpoint."""
 
-    epochs: int = 5
+    epochs: int = 5  # passes over the training slices
     batch_size: int = 8  # slices a step of the optimiser
     learning_rate: float = 1e-3  # Adam's, at its highest
     schedule: str = "poly"  # poly: (1 - progress) ** 0.9; cosine; plateau: halved when the validation Dice stands still
@@ -63,7 +63,7 @@ class TrainSettings:
     validation_slices: int | None = None  # evenly spaced; None: all of them
     early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
     init_checkpoint: str | None = None  # start from these weights, channels matched by name
-    seed: int = 0
+    seed: int = 0  # of phantoms, choice of subjects, split, order, augmentation and first weights
     device: str | None = None  # None: the best there is
     workers: int = 0  # processes that read slices ahead
 
