@@ -19,7 +19,7 @@ The files in the order in which data walk through them; each imports only from t
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
     devices.py       which device there is and in which precision it is fast
     unet.py          the 2D U-Net
-    losses.py        binary cross-entropy with the chunked head
+    losses.py        cross-entropy, Dice and focal loss with the chunked head
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold

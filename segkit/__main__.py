@@ -142,7 +142,9 @@ def train(
     def draw(history: training.History) -> None:
         figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
 
-    training.train(data, settings, output_dir, on_epoch=draw, resume=resume)
+    history = training.train(data, settings, output_dir, on_epoch=draw, resume=resume)
+    if not history or history[-1].get("interrupted"):
+        sys.exit(130)  # what a shell expects of an interrupted command: nothing that needs the model follows
 
 
 def evaluate(

@@ -172,7 +172,7 @@ def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:
 def _blur(hu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Each sample blurred with its own Gaussian of standard deviation `sigma` (B, 1, 1, 1) in pixels."""
     samples, planes, rows, columns = hu.shape
-    reach = 4
+    reach = max(1, int(np.ceil(3 * float(sigma.max()))))
     steps = torch.arange(-reach, reach + 1, device=hu.device, dtype=hu.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma.flatten()[:, None].clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(planes, 0)[:, None]

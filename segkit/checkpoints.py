@@ -129,9 +129,11 @@ class TrainingState:
     label_map: dict[str, int]
     split: dict
     history: list[dict]
+    slices: int  # of the training part
     place: int  # slices of the running epoch that were learned from
     seen: list[float]  # losses of its steps
     seconds: float  # that it took so far
+    thresholds: list[float]  # of each channel, from the last validation
     model: dict
     optimizer: dict
 

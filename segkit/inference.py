@@ -37,6 +37,10 @@ class Predictor:
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SegkitError(f"BATCH_SIZE = {batch_size!r}: expected a whole number of 1 or more")
+        if np.size(threshold) not in (1, len(label_map)):
+            raise SegkitError(
+                f"THRESHOLD: expected one, or one for each of {len(label_map)}; found {np.size(threshold)}"
+            )
         thresholds = np.broadcast_to(np.asarray(threshold, float), len(label_map))
         if not ((thresholds > 0) & (thresholds < 1)).all():
             raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")

@@ -94,6 +94,13 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of `write_whole`. Only for a folder that no other process writes into."""
+    for path in folder.glob(".[0-9]*.*"):
+        if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, content: object) -> Path:
     """Write `content` as readable JSON (innermost lists on one line), whole or not at all."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"

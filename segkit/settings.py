@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -21,13 +22,29 @@ class Augmentation:
     shift: float = 0.05  # fraction of the larger side
     elastic_mm: float = 0.0  # mm, standard deviation of the control points of an elastic deformation
     flip_left_right: bool = False  # anatomically false (liver, heart): partner channels are swapped where it is on
-    flip_up_down: bool = False  # front and back: for scans whose patients lie on their belly
+    flip_up_down: bool = False  # front and back exchanged; anatomically false
     intensity_scale: float = 0.1  # fraction
     intensity_shift_hu: float = 20.0  # HU
     noise_hu: float = 15.0  # HU, largest standard deviation
     gamma: float = 0.0  # 0.2 draws an exponent between 1 / 1.2 and 1.2 for the HU between their ends
     blur_pixels: float = 0.0  # pixels of the target, largest standard deviation
 
+    def checked(self) -> Augmentation:
+        """These settings as plain numbers, or SegkitError that names the first that makes no sense."""
+        values = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, bool):
+                if not isinstance(value, bool):
+                    raise SegkitError(f"AUGMENTATION: {f.name} = {value!r}: expected True or False")
+                values[f.name] = value
+            else:
+                values[f.name] = _real(f"AUGMENTATION: {f.name}", value, 0, _LARGEST.get(f.name, 1e4))
+        return Augmentation(**values)
+
+
+_LARGEST = {"rotation_degrees": 180, "scale": 0.9, "shift": 0.5, "intensity_scale": 0.9, "gamma": 5, "blur_pixels": 5}
+"""Beyond these nothing of a slice is left."""
 
 NO_AUGMENTATION = Augmentation(0, 0, 0, 0, False, False, 0, 0, 0, 0, 0)
 
@@ -83,15 +100,20 @@ class TrainSettings:
         for name, known in (("schedule", SCHEDULES), ("loss", LOSS_NAMES)):
             if getattr(self, name) not in known:
                 raise SegkitError(f"{name.upper()} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        if not self.learning_rate > 0:
-            raise SegkitError(f"LEARNING_RATE = {self.learning_rate!r}: expected a number above 0")
-        if not self.gradient_clip >= 0:
-            raise SegkitError(f"GRADIENT_CLIP = {self.gradient_clip!r}: expected a number above 0, or 0 for none")
-        if not 0 <= self.balance <= 1:
-            raise SegkitError(f"BALANCE = {self.balance!r}: expected a share from 0 to 1")
-        if not self.positive_weight_cap >= 1:
-            raise SegkitError(f"POSITIVE_WEIGHT_CAP = {self.positive_weight_cap!r}: expected 1 (none) or more")
-        return replace(self, target_shape=target_shape, features=features)
+        if not isinstance(self.augmentation, Augmentation):
+            raise SegkitError(f"AUGMENTATION = {self.augmentation!r}: expected a segkit.settings.Augmentation")
+        # plain types: those of numpy cannot be stored in a checkpoint that holds data alone
+        return replace(
+            self,
+            target_shape=target_shape,
+            features=features,
+            learning_rate=_real("learning_rate", self.learning_rate, 1e-30, 1e30),
+            gradient_clip=_real("gradient_clip", self.gradient_clip, 0, 1e30),
+            balance=_real("balance", self.balance, 0, 1),
+            positive_weight_cap=_real("positive_weight_cap", self.positive_weight_cap, 1, 1e30),
+            augmentation=self.augmentation.checked(),
+            init_checkpoint=None if self.init_checkpoint is None else str(self.init_checkpoint),
+        )
 
 
 def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
@@ -122,6 +144,14 @@ def _whole_numbers(name: str, value: Sequence[int], example: str) -> tuple[int, 
     if not numbers or min(numbers) < 1 or numbers != tuple(value):
         raise SegkitError(f"{name} = {value!r}: expected whole numbers of 1 or more, like {example}")
     return numbers
+
+
+def _real(name: str, value: object, least: float, most: float) -> float:
+    usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not usable or not least <= value <= most:
+        shown = name if ":" in name else name.upper()
+        raise SegkitError(f"{shown} = {value!r}: expected a number from {least:g} to {most:g}")
+    return float(value)
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

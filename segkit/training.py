@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from segkit.dataset import Data
 from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
-from segkit.runs import start_run, write_json
+from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
 from segkit.slices import SliceBatch, SliceDataset, batches, epoch_order
@@ -27,8 +29,8 @@ from segkit.validation import as_row, validate
 STATE_SECONDS = 300
 """How often the state is saved within an epoch, so that a killed training loses no more."""
 STATE_FILE = "last_state.pth"
-RESUMABLE = ("epochs", "early_stopping", "accumulate", "device", "workers")
-"""Settings that may differ when a training is resumed."""
+RESUMABLE = ("epochs", "early_stopping", "accumulate", "init_checkpoint", "device", "workers")
+"""Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
 
 History = list[dict]
 """One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds."""
@@ -55,13 +57,15 @@ def train(
     """
     settings = settings.checked()
     output_dir = Path(output_dir)
-    trainer = _Trainer(data, settings)
-    if resume and (output_dir / STATE_FILE).is_file():
+    going_on = resume and (output_dir / STATE_FILE).is_file()
+    trainer = _Trainer(data, settings, fresh=not going_on)
+    if going_on:
         trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
     else:
         start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
         write_json(output_dir / "label_map.json", data.label_map)
         write_json(output_dir / "split.json", data.split_to_json())
+    sweep(output_dir)
     write_json(output_dir / "settings.json", asdict(settings))
     started, done_before = time.monotonic(), len(trainer.history)
     try:
@@ -102,9 +106,10 @@ def _write_epoch(trainer: _Trainer, history: History, output_dir: Path) -> None:
 def _keep_interrupted(trainer: _Trainer, output_dir: Path) -> History:
     """Keep what an unfinished epoch has learned, in the state to resume and as a checkpoint without a score."""
     if not trainer.seen:
+        print("interrupted before the first step of an epoch: nothing new to keep")
         return trainer.history
     save_state(output_dir / STATE_FILE, trainer.state())
-    row = {**trainer.training_row(), "val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": 0.5}
+    row = {**trainer.training_row(), "val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None}
     history = [*trainer.history, {**row, "interrupted": True}]
     _write_epoch(trainer, history, output_dir)
     print(
@@ -127,7 +132,7 @@ def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
 class _Trainer:
     """The model with its optimiser and data, and how far it has come."""
 
-    def __init__(self, data: Data, settings: TrainSettings):
+    def __init__(self, data: Data, settings: TrainSettings, fresh: bool = True):
         self.settings, self.label_map, self.split = settings, data.label_map, data.split.to_json()
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
@@ -146,8 +151,10 @@ class _Trainer:
         self.network = UNet2D(**self.shape_of_network)
         if terms.helped:
             losses.start_bias(self.network.head, frequencies, weights)
-        if settings.init_checkpoint is not None:
-            load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
+        if fresh and settings.init_checkpoint is not None:
+            new = load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
+            if new:
+                print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
         model = losses.ModelWithLoss(self.network, weights.float(), terms)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
@@ -156,6 +163,7 @@ class _Trainer:
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
         self.seconds = 0.0  # that it took before this process
+        self.started = time.monotonic()
         self.thresholds: tuple[float, ...] = ()  # of each channel, from the last validation
 
     def state(self) -> TrainingState:
@@ -165,9 +173,11 @@ class _Trainer:
             label_map=dict(self.label_map),
             split=self.split,
             history=self.history,
+            slices=len(self.train_slices),
             place=self.place,
             seen=self.seen,
-            seconds=self.seconds,
+            seconds=time.monotonic() - self.started,
+            thresholds=list(self.thresholds),
             model=self.network.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
@@ -175,7 +185,8 @@ class _Trainer:
     def restore(self, state: TrainingState, path: Path) -> None:
         """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
         differing = [name for name in changed(self.settings, state.settings) if name not in RESUMABLE]
-        if differing or state.label_map != self.label_map or _plain(state.split) != _plain(self.split):
+        same_data = state.label_map == self.label_map and _plain(state.split) == _plain(self.split)
+        if differing or not same_data or state.slices != len(self.train_slices):
             what = ", ".join(name.upper() for name in differing) or "the subjects, their structures or their split"
             raise SegkitError(
                 f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
@@ -183,11 +194,12 @@ class _Trainer:
         self.network.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
+        self.thresholds = tuple(state.thresholds)
 
     def epoch(self, state_path: Path, progress: bool) -> None:
         """Train what is left of the running epoch, validate, and add its row to the history."""
-        started = time.monotonic() - self.seconds
-        self._train(state_path, started, progress)
+        self.started = time.monotonic() - self.seconds
+        self._train(state_path, progress)
         s = self.settings
         validation = validate(
             self.model,
@@ -202,7 +214,7 @@ class _Trainer:
         row = self.training_row()
         if not np.isfinite(validation.loss):
             raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
-        row |= {**as_row(validation), "seconds": round(time.monotonic() - started, 2)}
+        row |= {**as_row(validation), "seconds": round(time.monotonic() - self.started, 2)}
         self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
 
@@ -222,7 +234,7 @@ class _Trainer:
             self.settings, len(self.history) * in_epoch + step, self.settings.epochs * in_epoch, self.history
         )
 
-    def _train(self, state_path: Path, started: float, progress: bool) -> None:
+    def _train(self, state_path: Path, progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
         order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch, holds, s.balance)
@@ -233,7 +245,7 @@ class _Trainer:
             loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress,
             initial=len(self.seen), total=len(self.seen) + len(loader),
         )  # fmt: skip
-        with bar:
+        with bar, _Interrupts() as interrupts:
             for batch in bar:
                 numbers = batch.numbers.tolist()
                 loss = self._step(batch, epoch)
@@ -243,21 +255,28 @@ class _Trainer:
                         f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
                         "look at these slices; checkpoints of earlier epochs are kept"
                     )
-                # only now: what an interrupt leaves behind is the state between two steps
                 self.seen.append(loss)
                 self.place = numbers[-1] + 1
                 bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
+                interrupts.check()
                 if time.monotonic() - saved > STATE_SECONDS:
-                    self.seconds = time.monotonic() - started
                     save_state(state_path, self.state())
                     saved = time.monotonic()
+
+    def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
+        """How many (sample, channel) of a batch are annotated, after mirroring."""
+        annotated = batch.annotated
+        if self.settings.augmentation.flip_left_right:
+            drawn = augment.draw(self.settings.augmentation, self.settings.seed, epoch, batch.numbers.tolist())
+            _, annotated = augment.mirror_targets(batch.codebook, annotated, drawn.mirrored, self.mirrored)
+        return annotated.sum().to(self.device)
 
     def _step(self, batch: SliceBatch, epoch: int) -> float:
         """One step of the optimiser on a batch, computed in `accumulate` parts; its loss."""
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(len(self.seen))
-        number = batch.annotated.sum().to(self.device) * s.target_shape[0] * s.target_shape[1]
+        number = self._annotated(batch, epoch) * s.target_shape[0] * s.target_shape[1]
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part in batch.parts(min(s.accumulate, len(batch))):
@@ -272,6 +291,31 @@ class _Trainer:
         if np.isfinite(total):
             self.optimizer.step()
         return total
+
+
+class _Interrupts:
+    """Ctrl-C and the stop button of a notebook, held back until a step is whole; a second one acts at once."""
+
+    def __enter__(self) -> _Interrupts:
+        self.asked = False
+        # only the main thread may; elsewhere nobody can interrupt either
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def _plain(split: Mapping) -> dict:

@@ -70,38 +70,66 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert without_times(tmp_path) == without_times(uninterrupted)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(phantom_data, phantom_dir, uninterrupted, tmp_path):
-    """SIGKILL at random moments of a process of its own, until one run comes to its end."""
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_an_interrupt_within_a_step_waits_for_its_end(phantom_data, uninterrupted, tmp_path, monkeypatch, moment):
+    """As the stop button does it: a SIGINT while the network computes, when batch statistics have already moved."""
+    steps = []
+    original = training.losses.head_loss
+
+    def signalling(*args, **kwargs):
+        if torch.is_grad_enabled():
+            steps.append(1)
+            if len(steps) == 6 and moment == "forward":
+                os.kill(os.getpid(), signal.SIGINT)
+        loss = original(*args, **kwargs)
+        if len(steps) == 6 and moment == "backward" and torch.is_grad_enabled():
+            loss.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGINT))
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.losses, "head_loss", signalling)
+        history = train(phantom_data, SETTINGS, tmp_path, progress=False)
+    assert history[-1]["interrupted"] and history[-1]["steps"] == 2  # the sixth step, of epochs of four
+    train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
+    assert same(weights_of(tmp_path), weights_of(uninterrupted))
+
+
+def child_code(phantom_data, folder: Path) -> str:
+    """A training as a program of its own, that resumes what it finds and saves its state after every step."""
     stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
-    code = (
+    return (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import test_resume, segkit.training\n"
         "from segkit.dataset import open_data\n"
-        "segkit.training.STATE_SECONDS = 0\n"  # a state after every step
-        f"data = open_data({str(phantom_dir)!r}, {str(stage_dir)!r}, progress=False)\n"
-        f"segkit.training.train(data, test_resume.SETTINGS, {str(tmp_path)!r}, progress=False, resume=True)\n"
+        "segkit.training.STATE_SECONDS = 0\n"
+        f"data = open_data({str(phantom_data.folder)!r}, {str(stage_dir)!r}, progress=False)\n"
+        f"segkit.training.train(data, test_resume.SETTINGS, {str(folder)!r}, progress=False, resume=True)\n"
     )
-    moments, kills = random.Random(0), 0
-    while kills < 40:
-        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-        # wait until it trains, then a moment more
-        before = state_time(tmp_path)
-        while child.poll() is None and state_time(tmp_path) == before:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.25))
-        if child.poll() is not None:
-            assert child.returncode == 0, child.stderr.read().decode()
-            break
-        os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(phantom_data, tmp_path):
+    """SIGKILL at random moments while it trains, then let it come to its end; against one that was left alone.
+
+    Both are processes of their own: libraries that other tests load may change how a process rounds.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kills = 0
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", child_code(phantom_data, killed)])
+        before = state_time(killed)
+        while child.poll() is None and state_time(killed) == before:
+            time.sleep(0.002)
+        time.sleep(random.Random(before).uniform(0, 0.06))
+        kills += child.poll() is None
+        child.kill()  # SIGKILL
         child.wait()
-        kills += 1
-        if kills >= 4:  # that is enough: let it come to its end
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            break
-    assert kills > 0
-    assert same(weights_of(tmp_path), weights_of(uninterrupted))
-    assert without_times(tmp_path) == without_times(uninterrupted)
+    assert kills >= 2
+    for folder in (killed, whole):
+        done = subprocess.run([sys.executable, "-c", child_code(phantom_data, folder)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert same(weights_of(killed), weights_of(whole))
+    assert without_times(killed) == without_times(whole)
+    assert not list(killed.glob(".*"))  # what a kill left of a file is gone after the next write
 
 
 def state_time(folder: Path) -> int:
