@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
 from segkit.slices import SliceBatch, SliceDataset, batches, epoch_order
+from segkit.subjects import Split
 from segkit.unet import UNet2D
 from segkit.validation import as_row, validate
 
@@ -133,7 +134,7 @@ class _Trainer:
     """The model with its optimiser and data, and how far it has come."""
 
     def __init__(self, data: Data, settings: TrainSettings, fresh: bool = True):
-        self.settings, self.label_map, self.split = settings, data.label_map, data.split.to_json()
+        self.settings, self.label_map, self.split = settings, data.label_map, data.split
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
         self.dtype = fast_dtype(self.device)
@@ -171,7 +172,7 @@ class _Trainer:
         return TrainingState(
             settings=asdict(self.settings),
             label_map=dict(self.label_map),
-            split=self.split,
+            split=self.split.to_json(),
             history=self.history,
             slices=len(self.train_slices),
             place=self.place,
@@ -185,7 +186,9 @@ class _Trainer:
     def restore(self, state: TrainingState, path: Path) -> None:
         """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
         differing = [name for name in changed(self.settings, state.settings) if name not in RESUMABLE]
-        same_data = state.label_map == self.label_map and _plain(state.split) == _plain(self.split)
+        split = Split.from_json(state.split, str(path))
+        same_split = replace(split, source=self.split.source) == self.split
+        same_data = state.label_map == self.label_map and same_split
         if differing or not same_data or state.slices != len(self.train_slices):
             what = ", ".join(name.upper() for name in differing) or "the subjects, their structures or their split"
             raise SegkitError(
@@ -316,15 +319,6 @@ class _Interrupts:
     def check(self) -> None:
         if self.asked:
             raise KeyboardInterrupt
-
-
-def _plain(split: Mapping) -> dict:
-    """A split without tuples, which a state file does not keep apart from lists."""
-    return {
-        name: [[part["subject"], part["slabs"] and [list(slab) for slab in part["slabs"]]] for part in parts]
-        for name, parts in split.items()
-        if name != "source"
-    }
 
 
 def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
