@@ -15,10 +15,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from segkit import evaluation, training
+from segkit import devices, evaluation, slices, steps, training
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
+from segkit.ranks import Ranks
 from segkit.settings import NO_AUGMENTATION, TrainSettings
 
 BASE = TrainSettings(
@@ -66,11 +67,12 @@ def main() -> None:
 
 def seconds_a_step(data: Data, settings: TrainSettings) -> float:
     """Median of ten steps after two that warm up, loading and augmentation included."""
-    trainer = training._Trainer(data, settings.checked())
-    order = list(range(0, len(trainer.train_slices), 7))[: 12 * settings.batch_size]
+    learner = steps.Learner(data, settings.checked(), Ranks(devices.pick_device(settings.device)))
+    learning = slices.SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
+    order = list(range(0, len(learning), 7))[: 12 * settings.batch_size]
     seconds, before = [], time.perf_counter()
-    for batch in training.batches(trainer.train_slices, order, settings.batch_size):
-        trainer._step(batch, 1)
+    for batch in slices.batches(learning, order, settings.batch_size):
+        learner.step(batch, 1, settings.learning_rate)
         seconds.append(time.perf_counter() - before)
         before = time.perf_counter()
     return statistics.median(seconds[2:])

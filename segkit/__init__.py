@@ -18,12 +18,17 @@ The files in the order in which data walk through them; each imports only from t
     slices.py        staged subjects -> batches of slices with their codes
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
     devices.py       which device there is and in which precision it is fast
+    ranks.py         several processes that train one model
+    record.py        what a result came from: versions, code, hardware, data
     unet.py          the 2D U-Net
     losses.py        cross-entropy, Dice and focal loss with the chunked head
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold
     schedule.py      the learning rate of each step, and when training ends early
+    memory.py        batches that are too large for the memory
+    interrupts.py    the stop button, held back until a step is whole
+    steps.py         one step of training, in parts and over ranks
     training.py      epochs, checkpoints, history; resumed where it stopped
     inference.py     volume in, codes out
     evaluation.py    one tidy table: a row a subject and structure

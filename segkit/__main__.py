@@ -114,6 +114,8 @@ def train(
 ) -> None:
     """Stage what is not staged yet and train a U-Net; checkpoints and history go to the output folder.
 
+    On several GPUs: accelerate launch -m segkit train ...; each step's slices are shared out over them.
+
     Args:
         settings: of the training.
         data_dir: folder of subjects; without it a phantom data set is made in the output folder.
@@ -128,21 +130,24 @@ def train(
     """
     from segkit import figures, training
     from segkit.dataset import open_data, phantoms_in
-    from segkit.devices import pick_device
+    from segkit.ranks import join_ranks, leave_ranks
 
     settings = (settings if augment else replace(settings, augmentation=NO_AUGMENTATION)).checked()
-    pick_device(settings.device)
-    seed = settings.seed
-    if data_dir is None:
-        print("no DATA_DIR: training on phantoms")
-        data_dir = phantoms_in(output_dir, seed=seed, jobs=jobs)
-    data = open_data(data_dir, stage_dir or output_dir / "staged", max_subjects, exclude, structures, seed, jobs)
-    _report(data.problems)
+    ranks = join_ranks(settings.device)
+    with ranks.first_goes_first():  # the others find everything staged
+        if data_dir is None:
+            print("no DATA_DIR: training on phantoms")
+            data_dir = phantoms_in(output_dir, seed=settings.seed, jobs=jobs)
+        stage_dir = stage_dir or output_dir / "staged"
+        data = open_data(data_dir, stage_dir, max_subjects, exclude, structures, settings.seed, jobs, ranks.first)
+    if ranks.first:
+        _report(data.problems)
 
     def draw(history: training.History) -> None:
         figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
 
-    history = training.train(data, settings, output_dir, on_epoch=draw, resume=resume)
+    history = training.train(data, settings, output_dir, draw, resume=resume, ranks=ranks)
+    leave_ranks(ranks)
     if not history or history[-1].get("interrupted"):
         sys.exit(130)  # what a shell expects of an interrupted command: nothing that needs the model follows
 

@@ -16,7 +16,8 @@ from segkit.unet import UNet2D
 
 PACKAGES = (
     "segkit", "numpy", "nibabel", "scikit-image", "torch", "matplotlib", "plotly", "pandas", "tqdm", "scipy",
-    "jupyterlab", "ipywidgets", "isal", "blosc2", "joblib", "tyro", "fast-simplification", "papermill",
+    "jupyterlab", "ipywidgets", "isal", "blosc2", "joblib", "tyro", "fast-simplification", "accelerate",
+    "psutil", "papermill",
 )  # fmt: skip
 
 

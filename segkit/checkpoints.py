@@ -29,6 +29,7 @@ class Checkpoint:
     label_map: dict[str, int]
     settings: dict
     scores: dict
+    record: dict  # what it came from, see `segkit.record`; empty in files that have none
     model: UNet2D  # in evaluation mode, on the CPU
 
     @property
@@ -65,8 +66,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, model: UNet2D, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict
-) -> Path:
+    path: Path, model: UNet2D, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict,
+    record: dict,
+) -> Path:  # fmt: skip
     """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types."""
     # contiguous: channels_last is how this machine computes, not what the weights are
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -77,6 +79,7 @@ def save_checkpoint(
         "label_map": dict(label_map),
         "settings": settings,
         "scores": scores,
+        "record": record,
         "weights": weights,
     }
     return write_whole(path, lambda temporary: torch.save(content, temporary))
@@ -117,8 +120,9 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
         raise SegkitError(f"{path}: trained with another label map: {_difference(own_map, dict(label_map))}")
     model = _rebuild(path, content, len(own_map))
     return Checkpoint(
-        path, content["epoch"], content["network"], own_map, content["settings"], content["scores"], model
-    )
+        path, content["epoch"], content["network"], own_map, content["settings"], content["scores"],
+        content.get("record") or {}, model,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,7 @@ class TrainingState:
     seen: list[float]  # losses of its steps
     seconds: float  # that it took so far
     thresholds: list[float]  # of each channel, from the last validation
-    model: dict
-    optimizer: dict
+    learner: dict  # of `steps.Learner.state`: weights, optimiser, gradient scaler
 
 
 def save_state(path: Path, state: TrainingState) -> Path:
@@ -151,7 +154,7 @@ def load_state(path: Path) -> TrainingState:
         state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
     except KeyError as error:
         raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
-    if not isinstance(state.history, list) or not isinstance(state.place, int) or not isinstance(state.model, dict):
+    if not isinstance(state.history, list) or not isinstance(state.place, int) or not isinstance(state.learner, dict):
         raise SegkitError(f"{path}: damaged state of a training; set RESUME = False")
     return state
 

@@ -31,9 +31,12 @@ def cpu_has_bfloat16() -> bool:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device is good at it (CUDA from Ampere, CPU with AMX or AVX512-BF16), else float32."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
+    """bfloat16 where the device is good at it (CUDA from Ampere, CPU with AMX or AVX512-BF16), else float32.
+
+    float16 on the CUDA devices before that have fast matrices for it (Volta and Turing).
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu" and cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32
@@ -41,7 +44,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Computes convolutions in `dtype` inside the `with`; nothing changes for float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    low = dtype if dtype != torch.float32 else torch.bfloat16  # what is not enabled must still be a low precision
+    return torch.autocast(device.type, dtype=low, enabled=dtype != torch.float32)
 
 
 def describe_device(device: torch.device) -> str:

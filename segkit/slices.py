@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -182,28 +182,34 @@ def _balanced_slices(holds: np.ndarray, count: int, random: np.random.Generator)
 class _Numbered(Dataset):
     """Gives each item its number in the order, from which its random stream is derived."""
 
-    def __init__(self, dataset: SliceDataset, order: Sequence[int], start: int):
-        self.dataset, self.order, self.start = dataset, order, start
+    def __init__(self, dataset: SliceDataset, order: Sequence[int]):
+        self.dataset, self.order = dataset, order
 
     def __len__(self) -> int:
-        return len(self.order) - self.start
+        return len(self.order)
 
-    def __getitem__(self, place: int) -> tuple[int, dict]:
-        number = self.start + place
+    def __getitem__(self, number: int) -> tuple[int, dict]:
         return number, self.dataset[self.order[number]]
 
 
 def batches(
-    dataset: SliceDataset, order: Sequence[int], batch_size: int, workers: int = 0, start: int = 0
+    dataset: SliceDataset,
+    order: Sequence[int],
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    share: Callable[[list[range]], Sequence[Sequence[int]]] = list,
 ) -> DataLoader:
     """Batches of `dataset` in the given order, from its place `start` on.
 
     `workers` processes read ahead, each with its own handle on the store; 0 reads in this process, which decompresses
-    some thousand slices a second.
+    some thousand slices a second. `share` takes of the batches, each given by the places in the order that it holds,
+    what this process computes (`segkit.ranks`); all by default.
     """
+    whole = [range(at, min(at + batch_size, len(order))) for at in range(start, len(order), batch_size)]
     return DataLoader(
-        _Numbered(dataset, order, start),
-        batch_size,
+        _Numbered(dataset, order),
+        batch_sampler=share(whole),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,18 +11,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from segkit import augment, losses
-from segkit.checkpoints import TrainingState, load_checkpoint, load_state, save_checkpoint, save_state
+from segkit.checkpoints import TrainingState, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
-from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.errors import SegkitError
-from segkit.labels import mirrored_channels
+from segkit.interrupts import Interrupts
+from segkit.ranks import Ranks, join_ranks
+from segkit.record import make_record
 from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
-from segkit.slices import SliceBatch, SliceDataset, batches, epoch_order
+from segkit.slices import SliceDataset, batches, epoch_order
+from segkit.steps import Learner
 from segkit.subjects import Split
-from segkit.unet import UNet2D
 from segkit.validation import as_row, validate
 
 STATE_SECONDS = 300
@@ -32,6 +30,9 @@ STATE_SECONDS = 300
 STATE_FILE = "last_state.pth"
 RESUMABLE = ("epochs", "early_stopping", "accumulate", "init_checkpoint", "device", "workers")
 """Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
+
+UNSCORED = {"val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None, "val_dice_of": {}}
+"""The columns of `validation.as_row` of an epoch that was interrupted."""
 
 History = list[dict]
 """One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds."""
@@ -44,6 +45,7 @@ def train(
     on_epoch: Callable[[History], object] | None = None,
     progress: bool = True,
     resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> History:
     """Train a U-Net on the training part of `data.split`, validate after each epoch, write what is named below.
 
@@ -53,70 +55,40 @@ def train(
     to the same weights as if it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the
     stop button of a notebook) ends the training in order: what was learned is kept in a checkpoint.
 
+    Of several `ranks` (`segkit.ranks`; by default as this process was launched) each calls this alike, with
+    `output_dir` on a disk that all of them see; only the first one writes, prints and calls `on_epoch`.
+
     Raises SegkitError for settings that make no sense or differ from those of the training to resume, and for a loss
     that is no longer a number.
     """
     settings = settings.checked()
     output_dir = Path(output_dir)
+    ranks = ranks or join_ranks(settings.device)
     going_on = resume and (output_dir / STATE_FILE).is_file()
-    trainer = _Trainer(data, settings, fresh=not going_on)
+    trainer = _Trainer(data, settings, ranks, fresh=not going_on)
     if going_on:
         trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
-    else:
-        start_run(output_dir)  # only now, when nothing in the settings or data stops the new run
-        write_json(output_dir / "label_map.json", data.label_map)
-        write_json(output_dir / "split.json", data.split_to_json())
-    sweep(output_dir)
-    write_json(output_dir / "settings.json", asdict(settings))
+    ranks.wait()  # all have looked for the state before the first one may write a new one
+    files = _RunFiles(output_dir, trainer)
+    files.begin(data, going_on)
     started, done_before = time.monotonic(), len(trainer.history)
+    progress = progress and ranks.first
     try:
         while len(trainer.history) < settings.epochs and not should_stop(settings, trainer.history):
-            trainer.epoch(output_dir / STATE_FILE, progress)
-            _write_epoch(trainer, trainer.history, output_dir)
-            save_state(output_dir / STATE_FILE, trainer.state())
+            trainer.epoch(files.save_state, progress)
+            files.write_epoch(trainer.history)
+            files.save_state()
             if progress:
                 done = len(trainer.history)
                 left = (time.monotonic() - started) / (done - done_before) * (settings.epochs - done)
                 print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
-            if on_epoch is not None:
+            if on_epoch is not None and ranks.first:
                 on_epoch(trainer.history)
     except KeyboardInterrupt:
-        return _keep_interrupted(trainer, output_dir)
+        return files.keep_interrupted()
     if progress and len(trainer.history) < settings.epochs:
         print(f"no better validation Dice for {settings.early_stopping} epochs: ended early")
     return trainer.history
-
-
-def _write_epoch(trainer: _Trainer, history: History, output_dir: Path) -> None:
-    row = history[-1]
-    scores = {name: value for name, value in row.items() if name.startswith(("val_", "train_"))}
-    scores["thresholds"] = list(trainer.thresholds)
-    path = output_dir / f"checkpoint_epoch{row['epoch']}.pth"
-    save_checkpoint(
-        path,
-        trainer.network,
-        trainer.shape_of_network,
-        trainer.label_map,
-        asdict(trainer.settings),
-        row["epoch"],
-        scores,
-    )
-    write_json(output_dir / "training_history.json", {"epochs": history, "validation": "target grid, val split"})
-
-
-def _keep_interrupted(trainer: _Trainer, output_dir: Path) -> History:
-    """Keep what an unfinished epoch has learned, in the state to resume and as a checkpoint without a score."""
-    if not trainer.seen:
-        print("interrupted before the first step of an epoch: nothing new to keep")
-        return trainer.history
-    save_state(output_dir / STATE_FILE, trainer.state())
-    row = {**trainer.training_row(), "val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None}
-    history = [*trainer.history, {**row, "interrupted": True}]
-    _write_epoch(trainer, history, output_dir)
-    print(
-        f"interrupted in epoch {row['epoch']} after {row['steps']} steps; its weights are kept, RESUME = True goes on"
-    )
-    return history
 
 
 def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
@@ -130,35 +102,75 @@ def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
     )
 
 
-class _Trainer:
-    """The model with its optimiser and data, and how far it has come."""
+class _RunFiles:
+    """The files of a training run in its folder. Of several ranks the first one alone writes."""
 
-    def __init__(self, data: Data, settings: TrainSettings, fresh: bool = True):
-        self.settings, self.label_map, self.split = settings, data.label_map, data.split
-        self.mirrored = mirrored_channels(data.label_map)
-        self.device = pick_device(settings.device)
-        self.dtype = fast_dtype(self.device)
+    def __init__(self, folder: Path, trainer: _Trainer):
+        self.folder, self.trainer, self.first = folder, trainer, trainer.ranks.first
+        self.record = make_record(trainer.data, trainer.ranks)
+
+    def begin(self, data: Data, going_on: bool) -> None:
+        """Move an older run away, unless it goes on, and write what is known before the first step."""
+        if not self.first:
+            return
+        if not going_on:
+            start_run(self.folder)  # only now, when nothing in the settings or data stops the new run
+            write_json(self.folder / "label_map.json", data.label_map)
+            write_json(self.folder / "split.json", data.split_to_json())
+        sweep(self.folder)
+        write_json(self.folder / "settings.json", asdict(self.trainer.settings))
+
+    def save_state(self) -> None:
+        """What resuming needs."""
+        if self.first:
+            save_state(self.folder / STATE_FILE, self.trainer.state())
+
+    def write_epoch(self, history: History) -> None:
+        """The checkpoint of the last epoch in `history`, and the history itself."""
+        if not self.first:
+            return
+        row, trainer = history[-1], self.trainer
+        scores = {name: value for name, value in row.items() if name.startswith(("val_", "train_"))}
+        save_checkpoint(
+            self.folder / f"checkpoint_epoch{row['epoch']}.pth",
+            trainer.learner.network,
+            trainer.learner.shape_of_network,
+            trainer.data.label_map,
+            asdict(trainer.settings),
+            row["epoch"],
+            {**scores, "thresholds": list(trainer.thresholds)},
+            self.record,
+        )
+        content = {"epochs": history, "validation": "target grid, val split", "record": self.record}
+        write_json(self.folder / "training_history.json", content)
+
+    def keep_interrupted(self) -> History:
+        """Keep what an unfinished epoch has learned, in the state to resume and as a checkpoint without a score."""
+        trainer = self.trainer
+        if not trainer.seen:
+            if self.first:
+                print("interrupted before the first step of an epoch: nothing new to keep")
+            return trainer.history
+        self.save_state()
+        row = {**trainer.training_row(), **UNSCORED, "interrupted": True}
+        history = [*trainer.history, row]
+        self.write_epoch(history)
+        if self.first:
+            print(
+                f"interrupted in epoch {row['epoch']} after {row['steps']} steps; its weights are kept, "
+                "RESUME = True goes on"
+            )
+        return history
+
+
+class _Trainer:
+    """The learner with its slices, and how far it has come."""
+
+    def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
+        self.data, self.settings, self.ranks = data, settings, ranks
+        self.learner = Learner(data, settings, ranks, fresh)
         self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
         self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
-        frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
-        terms = losses.LOSSES[settings.loss]
-        weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
-        self.shape_of_network = {
-            "in_channels": 2 * settings.context + 1,
-            "out_channels": len(data.label_map),
-            "features": list(settings.features),
-        }
-        torch.manual_seed(settings.seed)
-        self.network = UNet2D(**self.shape_of_network)
-        if terms.helped:
-            losses.start_bias(self.network.head, frequencies, weights)
-        if fresh and settings.init_checkpoint is not None:
-            new = load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
-            if new:
-                print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
-        model = losses.ModelWithLoss(self.network, weights.float(), terms)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
         self.in_epoch = settings.slices_per_epoch or len(self.train_slices)
         self.history: History = []
         self.place = 0  # slices of the running epoch that were learned from
@@ -171,53 +183,48 @@ class _Trainer:
         """All that is needed to go on."""
         return TrainingState(
             settings=asdict(self.settings),
-            label_map=dict(self.label_map),
-            split=self.split.to_json(),
+            label_map=dict(self.data.label_map),
+            split=self.data.split.to_json(),
             history=self.history,
             slices=len(self.train_slices),
             place=self.place,
             seen=self.seen,
             seconds=time.monotonic() - self.started,
             thresholds=list(self.thresholds),
-            model=self.network.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            learner=self.learner.state(),
         )
 
     def restore(self, state: TrainingState, path: Path) -> None:
         """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
         differing = [name for name in changed(self.settings, state.settings) if name not in RESUMABLE]
         split = Split.from_json(state.split, str(path))
-        same_split = replace(split, source=self.split.source) == self.split
-        same_data = state.label_map == self.label_map and same_split
+        same_split = replace(split, source=self.data.split.source) == self.data.split
+        same_data = state.label_map == self.data.label_map and same_split
         if differing or not same_data or state.slices != len(self.train_slices):
             what = ", ".join(name.upper() for name in differing) or "the subjects, their structures or their split"
             raise SegkitError(
                 f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
             )
-        self.network.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        self.learner.restore(**state.learner)
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
 
-    def epoch(self, state_path: Path, progress: bool) -> None:
-        """Train what is left of the running epoch, validate, and add its row to the history."""
+    def epoch(self, save: Callable[[], object], progress: bool) -> None:
+        """Train what is left of the running epoch, validate, and add its row to the history.
+
+        `save` is called now and then, when a step is whole.
+        """
         self.started = time.monotonic() - self.seconds
-        self._train(state_path, progress)
+        self._train(save, progress)
         s = self.settings
         validation = validate(
-            self.model,
-            self.val_slices,
-            s.target_shape,
-            self.dtype,
-            s.batch_size,
-            s.validation_slices,
-            s.workers,
-            progress,
-        )
+            self.learner.model, self.val_slices, s.target_shape, self.learner.dtype, s.batch_size,
+            s.validation_slices, s.workers, progress, self.ranks,
+        )  # fmt: skip
         row = self.training_row()
         if not np.isfinite(validation.loss):
             raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
-        row |= {**as_row(validation), "seconds": round(time.monotonic() - self.started, 2)}
+        row |= {**as_row(validation, self.data.label_map), "seconds": round(time.monotonic() - self.started, 2)}
         self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
 
@@ -237,97 +244,40 @@ class _Trainer:
             self.settings, len(self.history) * in_epoch + step, self.settings.epochs * in_epoch, self.history
         )
 
-    def _train(self, state_path: Path, progress: bool) -> None:
+    def _train(self, save: Callable[[], object], progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
         order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch, holds, s.balance)
-        loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place)
-        self.model.train()
+        loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each)
+        self.learner.model.train()
         saved = time.monotonic()
         bar = tqdm(
             loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress,
             initial=len(self.seen), total=len(self.seen) + len(loader),
         )  # fmt: skip
-        with bar, _Interrupts() as interrupts:
+        # alone, a second interrupt need not wait; among several the steps must stay together
+        with bar, Interrupts(urgent=self.ranks.world == 1) as interrupts:
             for batch in bar:
-                numbers = batch.numbers.tolist()
-                loss = self._step(batch, epoch)
-                if not np.isfinite(loss):
-                    where = sorted({self.train_slices.where[order[number]] for number in numbers})
-                    raise SegkitError(
-                        f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
-                        "look at these slices; checkpoints of earlier epochs are kept"
-                    )
+                if not self.learner.prepared:
+                    self.learner.prepare(batch)
+                loss = self.learner.step(batch, epoch, self._rate(len(self.seen)))
+                self._check(loss, order, epoch)
                 self.seen.append(loss)
-                self.place = numbers[-1] + 1
+                self.place = min(self.place + s.batch_size, len(order))
                 bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
-                interrupts.check()
+                if self.ranks.sum(torch.tensor(int(interrupts.asked))):
+                    raise KeyboardInterrupt
                 if time.monotonic() - saved > STATE_SECONDS:
-                    save_state(state_path, self.state())
+                    save()
                     saved = time.monotonic()
 
-    def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
-        """How many (sample, channel) of a batch are annotated, after mirroring."""
-        annotated = batch.annotated
-        if self.settings.augmentation.flip_left_right:
-            drawn = augment.draw(self.settings.augmentation, self.settings.seed, epoch, batch.numbers.tolist())
-            _, annotated = augment.mirror_targets(batch.codebook, annotated, drawn.mirrored, self.mirrored)
-        return annotated.sum().to(self.device)
-
-    def _step(self, batch: SliceBatch, epoch: int) -> float:
-        """One step of the optimiser on a batch, computed in `accumulate` parts; its loss."""
-        s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(len(self.seen))
-        number = self._annotated(batch, epoch) * s.target_shape[0] * s.target_shape[1]
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in batch.parts(min(s.accumulate, len(batch))):
-            variation = augment.draw(s.augmentation, s.seed, epoch, part.numbers.tolist())
-            images, targets = augment.to_network(part.to(self.device), s.target_shape, variation, self.mirrored)
-            with autocast(self.device, self.dtype):
-                loss = self.model(images.contiguous(memory_format=torch.channels_last), targets, number)
-            loss.backward()
-            total += loss.item()
-        if s.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.gradient_clip)
-        if np.isfinite(total):
-            self.optimizer.step()
-        return total
-
-
-class _Interrupts:
-    """Ctrl-C and the stop button of a notebook, held back until a step is whole; a second one acts at once."""
-
-    def __enter__(self) -> _Interrupts:
-        self.asked = False
-        # only the main thread may; elsewhere nobody can interrupt either
-        self.before = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def check(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
-    """Voxels of each structure and of the whole, of what the training part takes of each subject."""
-    for part in data.split.train:
-        subject = data.staged[part.subject]
-        if part.slabs is None:
-            yield subject.voxels, int(np.prod(subject.shape))
-        else:
-            zs = part.slices(subject.shape[0])
-            volume = subject.labels()
-            yield volume.with_codes(volume.codes[zs]).voxels(), len(zs) * int(np.prod(subject.shape[1:]))
+    def _check(self, loss: float, order: list[int], epoch: int) -> None:
+        """SegkitError where the loss of the batch at `place` is no number."""
+        if not np.isfinite(loss):
+            where = sorted(
+                {self.train_slices.where[i] for i in order[self.place : self.place + self.settings.batch_size]}
+            )
+            raise SegkitError(
+                f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
+                "look at these slices; checkpoints of earlier epochs are kept"
+            )

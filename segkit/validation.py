@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from segkit import augment, losses, metrics
 from segkit.devices import autocast
 from segkit.losses import ModelWithLoss
+from segkit.ranks import Ranks
 from segkit.slices import SliceDataset, Targets, batches
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -26,6 +27,7 @@ class Validation:
     structures: int  # that a validation subject holds: what `dice` is the mean of
     threshold: float
     thresholds: tuple[float, ...]  # of each channel, see `choose_thresholds`
+    dice_of: tuple[float, ...]  # of each channel, at `threshold`; NaN where no validation subject holds it
 
 
 @torch.no_grad()
@@ -38,18 +40,23 @@ def validate(
     slices: int | None = None,
     workers: int = 0,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Validation:
     """Score `slices` evenly spaced slices of `data` (all by default).
+
+    Several `ranks` share them and put their counts together: each gets what one process would get.
 
     Positive weights raise a model's probabilities, by how much depends on how far it has learned; so the threshold is
     not assumed but chosen here, on validation subjects. Counts are summed per subject and structure before any ratio.
     """
     device = next(model.parameters()).device
     order = np.linspace(0, len(data) - 1, min(slices or len(data), len(data))).round().astype(int).tolist()
-    counts: dict[str, torch.Tensor] = {}
-    loss, number = 0.0, 0
+    ranks = ranks or Ranks(device)
+    subjects = {subject: place for place, subject in enumerate(dict.fromkeys(data.where[i][0] for i in order))}
+    counts = torch.zeros(len(THRESHOLDS), len(subjects), 3, len(data.label_map), dtype=torch.int64, device=device)
+    loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
-    loader = batches(data, order, batch_size, workers)
+    loader = batches(data, order, batch_size, workers, share=ranks.share_whole)
     for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
         images, targets = augment.to_network(batch.to(device), target_shape)
         with autocast(device, dtype):
@@ -57,13 +64,18 @@ def validate(
             logits = model.network.head(features).float()
         size = int(losses.annotated_number(targets))
         mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
-        loss, number = loss + float(mean) * size, number + size
+        loss += torch.tensor([float(mean) * size, size], dtype=torch.float64)
         for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
-            subject = data.where[order[position]][0]
-            counts[subject] = counts.get(subject, 0) + of_slice
-    table = torch.stack(list(counts.values()), 1).cpu().numpy()
+            counts[:, subjects[data.where[order[position]][0]]] += of_slice
+    table, (loss, number) = ranks.sum(counts).cpu().numpy(), ranks.sum(loss).tolist()
     best, thresholds = choose_thresholds(table)
-    return Validation(loss / max(number, 1), *macro_dice(table[best]), THRESHOLDS[best], thresholds)
+    return Validation(
+        loss / max(number, 1),
+        *macro_dice(table[best]),
+        THRESHOLDS[best],
+        thresholds,
+        tuple(dice_of(table[best]).tolist()),
+    )
 
 
 def choose_thresholds(counts: np.ndarray) -> tuple[int, tuple[float, ...]]:
@@ -113,18 +125,26 @@ def _count_slice(logits: torch.Tensor, codes: torch.Tensor, codebook: torch.Tens
 
 def macro_dice(counts: np.ndarray) -> tuple[float, int]:
     """From counts (subjects, 3, C): the mean over structures of the mean over subjects whose reference holds it."""
-    tp, fp, fn = counts.transpose(1, 0, 2)
-    per_case = np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan)
-    per_structure, _ = metrics.nan_mean(per_case, axis=0)
-    mean, number = metrics.nan_mean(per_structure)
+    mean, number = metrics.nan_mean(dice_of(counts))
     return float(mean), int(number)
 
 
-def as_row(validation: Validation) -> Mapping[str, float | int | None]:
+def dice_of(counts: np.ndarray) -> np.ndarray:
+    """From counts (subjects, 3, C): the mean over subjects whose reference holds a structure, float (C,) with NaN."""
+    tp, fp, fn = counts.transpose(1, 0, 2)
+    return metrics.nan_mean(np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan), axis=0)[0]
+
+
+def as_row(validation: Validation, label_map: Mapping[str, int]) -> dict:
     """The columns of the history; None instead of NaN, which JSON lacks."""
     return {
         "val_loss": validation.loss,
         "val_dice": None if np.isnan(validation.dice) else validation.dice,
         "val_structures": validation.structures,
         "val_threshold": validation.threshold,
+        "val_dice_of": {
+            name: round(validation.dice_of[channel], 4)
+            for name, channel in label_map.items()
+            if not np.isnan(validation.dice_of[channel])
+        },
     }

@@ -17,8 +17,9 @@ def saved(tmp_path):
     torch.manual_seed(0)
     model = UNet2D(**NETWORK).to(memory_format=torch.channels_last)
     path = save_checkpoint(
-        tmp_path / "checkpoint_epoch3.pth", model, NETWORK, LABELS, {"target_shape": [32, 32]}, 3, {"val_dice": 0.5}
-    )
+        tmp_path / "checkpoint_epoch3.pth", model, NETWORK, LABELS, {"target_shape": [32, 32]}, 3, {"val_dice": 0.5},
+        {"data": "abc"},
+    )  # fmt: skip
     return path, model
 
 
@@ -27,7 +28,7 @@ def test_what_is_saved_comes_back_and_nothing_else_is_left(saved):
     loaded = load_checkpoint(path, LABELS)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert (loaded.epoch, loaded.label_map, loaded.target_shape) == (3, LABELS, (32, 32))
-    assert loaded.scores == {"val_dice": 0.5} and not loaded.model.training
+    assert loaded.scores == {"val_dice": 0.5} and loaded.record == {"data": "abc"} and not loaded.model.training
     image = torch.randn(1, 1, 32, 32)
     assert torch.equal(loaded.model(image), model.eval()(image))
 
@@ -113,7 +114,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
-        save_checkpoint(path, model, NETWORK, LABELS, {}, 4, {})
+        save_checkpoint(path, model, NETWORK, LABELS, {}, 4, {}, {})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 

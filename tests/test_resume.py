@@ -14,16 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit import training
+from segkit import losses, steps, training
 from segkit.checkpoints import load_checkpoint, load_state
 from segkit.errors import SegkitError
+from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
+from segkit.slices import SliceDataset, batches
 from segkit.training import train
 
 SETTINGS = TrainSettings(
     epochs=3, batch_size=4, target_shape=(32, 32), features=(4, 8), slices_per_epoch=14, validation_slices=6,
     balance=0.5, schedule="plateau", warmup_steps=3, gradient_clip=1.0, device="cpu",
 )  # fmt: skip
+
+SIXTH = 7
+"""Which forward pass is the sixth step's: one before the first step finds out how much memory it takes."""
 
 
 def weights_of(folder: Path, epoch: int = 3) -> dict[str, torch.Tensor]:
@@ -50,17 +55,17 @@ def without_times(folder: Path) -> list[dict]:
 def test_an_interrupted_training_goes_on_to_the_same_weights(
     phantom_data, uninterrupted, tmp_path, monkeypatch, stop_after
 ):
-    steps = []
-    original = training._Trainer._step
+    done = []
+    original = steps.Learner.step
 
-    def interrupting(self, batch, epoch):
-        if len(steps) == stop_after:
+    def interrupting(self, batch, epoch, learning_rate):
+        if len(done) == stop_after:
             raise KeyboardInterrupt  # the stop button of a notebook
-        steps.append(epoch)
-        return original(self, batch, epoch)
+        done.append(epoch)
+        return original(self, batch, epoch, learning_rate)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training._Trainer, "_step", interrupting)
+        patched.setattr(steps.Learner, "step", interrupting)
         history = train(phantom_data, SETTINGS, tmp_path, progress=False)
     # an epoch has 4 steps; where it stopped inside of one, that one's weights are kept without a score
     assert len(history) == -(-stop_after // 4) and bool(history[-1].get("interrupted")) == bool(stop_after % 4)
@@ -73,21 +78,21 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
 @pytest.mark.parametrize("moment", ["forward", "backward"])
 def test_an_interrupt_within_a_step_waits_for_its_end(phantom_data, uninterrupted, tmp_path, monkeypatch, moment):
     """As the stop button does it: a SIGINT while the network computes, when batch statistics have already moved."""
-    steps = []
-    original = training.losses.head_loss
+    done = []
+    original = losses.head_loss
 
     def signalling(*args, **kwargs):
         if torch.is_grad_enabled():
-            steps.append(1)
-            if len(steps) == 6 and moment == "forward":
+            done.append(1)
+            if len(done) == SIXTH and moment == "forward":
                 os.kill(os.getpid(), signal.SIGINT)
         loss = original(*args, **kwargs)
-        if len(steps) == 6 and moment == "backward" and torch.is_grad_enabled():
+        if len(done) == SIXTH and moment == "backward" and torch.is_grad_enabled():
             loss.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGINT))
         return loss
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.losses, "head_loss", signalling)
+        patched.setattr(losses, "head_loss", signalling)
         history = train(phantom_data, SETTINGS, tmp_path, progress=False)
     assert history[-1]["interrupted"] and history[-1]["steps"] == 2  # the sixth step, of epochs of four
     train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
@@ -172,9 +177,10 @@ def test_a_batch_computed_in_parts_gives_the_same_training(phantom_data, tmp_pat
     """Without batch statistics it is the same arithmetic; the network here has them, so they are frozen."""
     weights = []
     for parts in (1, 4):
-        trainer = training._Trainer(phantom_data, replace(SETTINGS, accumulate=parts, loss=loss).checked())
-        trainer.model.eval()
-        batch = next(iter(training.batches(trainer.train_slices, [5, 60, 30, 90], 4)))
-        assert trainer._step(batch, 1) == pytest.approx(0.02, abs=0.5)
-        weights.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+        settings = replace(SETTINGS, accumulate=parts, loss=loss).checked()
+        learner = steps.Learner(phantom_data, settings, Ranks(torch.device("cpu")))
+        learner.model.eval()
+        slices = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+        assert learner.step(next(iter(batches(slices, [5, 60, 30, 90], 4))), 1, 1e-3) == pytest.approx(0.02, abs=0.5)
+        weights.append(torch.cat([p.grad.flatten() for p in learner.model.parameters()]))
     assert torch.allclose(*weights, rtol=2e-2, atol=2e-2 * weights[0].abs().max())

@@ -7,18 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkit import training, validation
+from segkit import steps, validation
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
 from segkit.errors import SegkitError
 from segkit.evaluation import evaluate, summarize
 from segkit.inference import Predictor
 from segkit.losses import LOSSES
+from segkit.ranks import Ranks
 from segkit.settings import LOSS_NAMES, NO_AUGMENTATION, TrainSettings
 from segkit.slices import Targets
 from segkit.training import train
 from segkit.validation import THRESHOLDS, choose_thresholds
 
+CPU = Ranks(torch.device("cpu"))
 SMALL = TrainSettings(
     epochs=2,
     batch_size=4,
@@ -137,7 +139,7 @@ def test_settings_that_make_no_sense_are_named(wrong):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_slices_named(phantom_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training._Trainer, "_step", lambda *_: float("nan"))
+    monkeypatch.setattr(steps.Learner, "step", lambda *_: float("nan"))
     with pytest.raises(SegkitError, match=r"epoch 1: the loss is nan at the slices \[\('s000"):
         train(phantom_data, SMALL, tmp_path, progress=False)
     assert not list(tmp_path.glob("checkpoint*"))
@@ -174,9 +176,9 @@ def test_the_names_of_losses_are_those_that_there_are():
 
 
 def test_textbook_starts_from_default_weights_without_help(phantom_data):
-    trainers = [training._Trainer(phantom_data, replace(SMALL, loss=loss).checked()) for loss in ("textbook", "bce")]
-    assert (trainers[0].model.pos_weight == 1).all() and (trainers[1].model.pos_weight > 1).any()
-    assert trainers[0].network.head.bias.abs().max() < 1 and trainers[1].network.head.bias.mean() < -3
+    learners = [steps.Learner(phantom_data, replace(SMALL, loss=loss).checked(), CPU) for loss in ("textbook", "bce")]
+    assert (learners[0].model.pos_weight == 1).all() and (learners[1].model.pos_weight > 1).any()
+    assert learners[0].network.head.bias.abs().max() < 1 and learners[1].network.head.bias.mean() < -3
 
 
 def test_starting_from_another_model_matches_channels_by_name(phantom_data, tmp_path):
@@ -184,13 +186,13 @@ def test_starting_from_another_model_matches_channels_by_name(phantom_data, tmp_
     path = tmp_path / "first" / "checkpoint_epoch1.pth"
     names = ["spleen", "liver", "aorta"]
     smaller = replace(phantom_data, label_map={name: channel for channel, name in enumerate(names)})
-    trainer = training._Trainer(smaller, replace(SMALL, init_checkpoint=str(path)).checked())
+    learner = steps.Learner(smaller, replace(SMALL, init_checkpoint=str(path)).checked(), CPU)
     first = load_checkpoint(path)
-    assert torch.equal(trainer.network.down[0][0].weight, first.model.down[0][0].weight)
+    assert torch.equal(learner.network.down[0][0].weight, first.model.down[0][0].weight)
     for channel, name in enumerate(names):
-        assert torch.equal(trainer.network.head.weight[channel], first.model.head.weight[first.label_map[name]])
+        assert torch.equal(learner.network.head.weight[channel], first.model.head.weight[first.label_map[name]])
     with pytest.raises(SegkitError, match=r"INIT_CHECKPOINT .*another network"):
-        training._Trainer(smaller, replace(SMALL, features=(4, 8, 16), init_checkpoint=str(path)).checked())
+        steps.Learner(smaller, replace(SMALL, features=(4, 8, 16), init_checkpoint=str(path)).checked(), CPU)
 
 
 def test_thresholds_are_chosen_by_hand():

@@ -1,0 +1,173 @@
+"""One step of training: a batch in, gradients from all its parts and ranks, the optimiser moved once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from segkit import augment, losses, memory
+from segkit.checkpoints import load_checkpoint
+from segkit.dataset import Data
+from segkit.devices import autocast, fast_dtype
+from segkit.labels import mirrored_channels
+from segkit.ranks import Ranks
+from segkit.settings import TrainSettings
+from segkit.slices import SliceBatch
+from segkit.unet import UNet2D
+
+
+class Learner:
+    """A network with its loss and optimiser: what a step changes.
+
+    network: the network alone, `shape_of_network` its arguments. model: network and loss, the same on every rank.
+    parts: in how many parts a rank's share of a batch is computed, more than ACCUMULATE where memory asks for it.
+    """
+
+    def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
+        self.settings, self.ranks, self.label_map = settings, ranks, data.label_map
+        self.partners = mirrored_channels(data.label_map)
+        self.dtype = fast_dtype(ranks.device)
+        terms = losses.LOSSES[settings.loss]
+        frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
+        weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
+        self.shape_of_network = {
+            "in_channels": 2 * settings.context + 1,
+            "out_channels": len(data.label_map),
+            "features": list(settings.features),
+        }
+        torch.manual_seed(settings.seed)
+        self.network = UNet2D(**self.shape_of_network)
+        if terms.helped:
+            losses.start_bias(self.network.head, frequencies, weights)
+        if fresh and settings.init_checkpoint is not None:
+            new = load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
+            if new and ranks.first:
+                print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
+        model = losses.ModelWithLoss(self.network, weights.float(), terms)
+        self.model = model.to(ranks.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
+        # gradients of float16 would vanish without; in the other precisions it does nothing
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.parts = settings.accumulate
+        self.joined = self.model
+        self.prepared = False
+
+    def state(self) -> dict:
+        """All that is needed to go on, see `checkpoints.TrainingState`."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "parts": self.parts,
+        }
+
+    def restore(self, model: dict, optimizer: dict, scaler: dict, parts: int) -> None:
+        """Go on from a `state`."""
+        self.network.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(scaler)
+        self.parts = max(parts, self.settings.accumulate)
+
+    def prepare(self, batch: SliceBatch) -> None:
+        """Find out with a rank's first batch in how many parts it fits into memory; then join the ranks."""
+        slices, device = len(batch), self.ranks.device
+        needed = self._parts_on_cpu(batch) if device.type == "cpu" else self._parts_on_device(batch)
+        needed = self.ranks.largest(needed)
+        if needed > self.parts:
+            self.parts = needed
+            if self.ranks.first:
+                print(memory.message(self.settings.batch_size, slices, needed, "more than the memory holds"))
+        self.joined = self.ranks.joined(self.model)
+        self.prepared = True
+
+    def _parts_on_cpu(self, batch: SliceBatch) -> int:
+        one, *_ = batch.parts(len(batch))
+        self.model.eval()  # batch statistics stay as they are
+        slice_bytes = memory.step_bytes(lambda: self._loss(self.model, one, 0))
+        self.model.train()
+        # processes that were launched together share the machine
+        return memory.parts_that_fit(len(batch), slice_bytes, memory.free_bytes() // self.ranks.world, self.parts)
+
+    def _parts_on_device(self, batch: SliceBatch) -> int:
+        def learn(model: torch.nn.Module, parts: int) -> None:
+            for part in batch.parts(min(parts, len(batch))):
+                self.scaler.scale(self._loss(model, part, 0)).backward()
+
+        return memory.probe(self.model, learn, len(batch), self.parts)
+
+    def step(self, batch: SliceBatch, epoch: int, learning_rate: float) -> float:
+        """One step of the optimiser on a batch of which this is the rank's share; the loss of the whole batch.
+
+        Where the loss is no number, nothing is learned from it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not self.ranks.mine(batch.numbers.tolist(), self.settings.batch_size):
+            batch.annotated.zero_()
+        number = self.ranks.sum(self._annotated(batch, epoch))
+        total = 0.0
+
+        def learn(parts: int) -> None:
+            nonlocal total
+            self.optimizer.zero_grad(set_to_none=True)
+            total = self._accumulate(batch.parts(min(parts, len(batch))), epoch, number)
+
+        if self.ranks.world == 1:
+            parts = memory.halve_until_it_fits(learn, len(batch), self.parts)
+            if parts > self.parts:
+                print(memory.message(self.settings.batch_size, len(batch), parts, "the memory ran out"))
+                self.parts = parts
+        else:
+            learn(self.parts)
+        total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+        if self.settings.gradient_clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        if np.isfinite(total):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return total
+
+    def _accumulate(self, parts: list[SliceBatch], epoch: int, number: torch.Tensor) -> float:
+        """The gradients of all parts, added up; the sum of their losses."""
+        total = 0.0
+        for place, part in enumerate(parts):
+            # ranks average their gradients, and only once a step; the loss is divided by `number` over all ranks
+            later = self.ranks.world > 1 and place < len(parts) - 1
+            with self.joined.no_sync() if later else nullcontext():
+                loss = self._loss(self.joined, part, epoch, number)
+                self.scaler.scale(loss * self.ranks.world).backward()
+            total += loss.item()
+        return total
+
+    def _loss(
+        self, model: torch.nn.Module, part: SliceBatch, epoch: int, number: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        s = self.settings
+        variation = augment.draw(s.augmentation, s.seed, epoch, part.numbers.tolist())
+        images, targets = augment.to_network(part.to(self.ranks.device), s.target_shape, variation, self.partners)
+        with autocast(self.ranks.device, self.dtype):
+            return model(images.contiguous(memory_format=torch.channels_last), targets, number)
+
+    def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
+        """How many (sample, channel, pixel) of a batch are annotated, after mirroring; on the device."""
+        s, annotated = self.settings, batch.annotated
+        if s.augmentation.flip_left_right:
+            drawn = augment.draw(s.augmentation, s.seed, epoch, batch.numbers.tolist())
+            _, annotated = augment.mirror_targets(batch.codebook, annotated, drawn.mirrored, self.partners)
+        return annotated.sum().to(self.ranks.device) * s.target_shape[0] * s.target_shape[1]
+
+
+def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
+    """Voxels of each structure and of the whole, of what the training part takes of each subject."""
+    for part in data.split.train:
+        subject = data.staged[part.subject]
+        if part.slabs is None:
+            yield subject.voxels, int(np.prod(subject.shape))
+        else:
+            zs = part.slices(subject.shape[0])
+            volume = subject.labels()
+            yield volume.with_codes(volume.codes[zs]).voxels(), len(zs) * int(np.prod(subject.shape[1:]))

@@ -1,0 +1,170 @@
+"""Several processes train as one: launched as a user launches them, on two CPU processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segkit.checkpoints import load_checkpoint
+from segkit.dataset import open_data
+from segkit.losses import LOSSES, ModelWithLoss, positive_weights, structure_frequencies
+from segkit.ranks import Ranks
+from segkit.settings import TrainSettings
+from segkit.slices import SliceDataset, batches
+from segkit.steps import Learner, _train_voxels
+from segkit.validation import validate
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(
+    epochs=2, batch_size=4, target_shape=(32, 32), features=(4, 8), slices_per_epoch=13, validation_slices=11,
+    device="cpu", learning_rate=5e-3,
+)  # fmt: skip
+FLAGS = [
+    "--epochs", "2", "--batch-size", "4", "--target-shape", "32", "32", "--features", "4", "8",
+    "--slices-per-epoch", "13", "--validation-slices", "11", "--device", "cpu", "--learning-rate", "5e-3",
+]  # fmt: skip
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.integers(0, 3))
+def test_the_shares_of_all_ranks_are_the_batches(slices, batch_size, world, skipped):
+    plan = [range(at, min(at + batch_size, slices)) for at in range(skipped * batch_size, slices, batch_size)]
+    ranks = [Ranks(CPU, rank, world) for rank in range(world)]
+    each = [rank.share_each(plan) for rank in ranks]
+    for place, batch in enumerate(plan):
+        counted = [n for rank, share in zip(ranks, each, strict=True) for n in share[place]
+                   if rank.mine(share[place], batch_size)]  # fmt: skip
+        assert sorted(counted) == list(batch)
+        assert all(share[place] for share in each)  # none is left without a slice: all must take part in a step
+    whole = [batch for rank in ranks for batch in rank.share_whole(plan)]
+    assert sorted(n for batch in whole for n in batch) == [n for batch in plan for n in batch]
+
+
+def launch(*arguments, processes=2, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port())]  # fmt: skip
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(phantom_data, tmp_path_factory) -> tuple[Path, Path]:
+    folder, stage_dir = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("staged by two")
+    running = launch(
+        "-m", "segkit", "train", phantom_data.folder, "--output-dir", folder, "--stage-dir", stage_dir, *FLAGS
+    )
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+    assert output.count("epoch 1/2: loss") == 1 and output.count("validation loss") == 2  # one process speaks
+    return folder, stage_dir
+
+
+def test_one_process_writes_all_files(two_processes):
+    folder, stage_dir = two_processes
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "last_state.pth", "settings.json",
+        "split.json", "training_history.json", "training_history.png",
+    ]  # fmt: skip
+    assert len(list(stage_dir.glob("*/*/subject.json"))) == 5 and not list(folder.rglob(".*"))
+    history = json.loads((folder / "training_history.json").read_text())
+    assert history["record"]["processes"] == 2
+    assert [row["steps"] for row in history["epochs"]] == [4, 4]  # of 13 slices in batches of 4 over both
+
+
+def test_validation_is_that_of_one_process_on_the_same_weights(two_processes, phantom_data):
+    folder, _ = two_processes
+    rows = json.loads((folder / "training_history.json").read_text())["epochs"]
+    data = SliceDataset(phantom_data.staged, phantom_data.split.val, phantom_data.label_map)
+    frequencies = structure_frequencies(_train_voxels(phantom_data), phantom_data.label_map)
+    weights = positive_weights(frequencies, SETTINGS.positive_weight_cap).float()
+    for row in rows:
+        loaded = load_checkpoint(folder / f"checkpoint_epoch{row['epoch']}.pth")
+        model = ModelWithLoss(loaded.model, weights, LOSSES["bce"]).to(memory_format=torch.channels_last)
+        alone = validate(model, data, (32, 32), Learner(phantom_data, SETTINGS, Ranks(CPU)).dtype, 4, 11, 0, False)
+        assert row["val_loss"] == pytest.approx(alone.loss, rel=1e-4)
+        assert row["val_dice"] == pytest.approx(alone.dice, abs=1e-4)
+        assert row["val_structures"] == alone.structures and row["val_threshold"] == alone.threshold
+        assert loaded.thresholds == pytest.approx(alone.thresholds)
+
+
+STEPPING = """
+import sys, pickle, torch
+sys.path.insert(0, {tests!r})
+from test_ranks import SETTINGS, frozen_steps
+from segkit.dataset import open_data
+from segkit.ranks import join_ranks
+ranks = join_ranks("cpu")
+data = open_data({data!r}, {stage!r}, progress=False)
+result = frozen_steps(data, ranks, {accumulate})
+if ranks.first:
+    torch.save(result, {out!r})
+"""
+
+
+def frozen_steps(data, ranks: Ranks, accumulate: int) -> dict:
+    """Losses and weights after the steps of 13 slices, batch statistics frozen: they are a rank's own."""
+    settings = replace(SETTINGS, accumulate=accumulate, balance=0.0).checked()
+    learner = Learner(data, settings, ranks)
+    learner.dtype = torch.float32  # the order of sums differs; bfloat16 would show that
+    slices = SliceDataset(data.staged, data.split.train, data.label_map)
+    losses = []
+    for batch in batches(slices, range(0, 13 * 5, 5), 4, share=ranks.share_each):
+        if not learner.prepared:
+            learner.prepare(batch)
+        learner.model.eval()
+        losses.append(learner.step(batch, 1, 1e-3))
+    return {"losses": losses, "weights": torch.cat([p.detach().flatten() for p in learner.network.parameters()])}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_learn_what_one_learns(phantom_data, tmp_path, accumulate):
+    """The last batch has one slice: the second process has nothing to add to it, and adds nothing."""
+    stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
+    script, out = tmp_path / "stepping.py", tmp_path / "result.pt"
+    script.write_text(STEPPING.format(
+        tests=str(Path(__file__).parent), data=str(phantom_data.folder), stage=str(stage_dir), out=str(out),
+        accumulate=accumulate,
+    ))  # fmt: skip
+    running = launch(script, cwd=Path(__file__).parents[1])
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, output
+    together = torch.load(out)
+    alone = frozen_steps(open_data(phantom_data.folder, stage_dir, progress=False), Ranks(CPU), 1)
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    # Adam divides by the size of the gradient: where that is next to nothing its sign decides, so few may differ
+    close = torch.isclose(together["weights"], alone["weights"], rtol=1e-3, atol=1e-5)
+    assert close.float().mean() > 0.99
+
+
+def test_an_interrupt_ends_both_in_order(phantom_data, two_processes, tmp_path):
+    _, stage_dir = two_processes
+    long = [flag if flag != "13" else "100000" for flag in FLAGS]
+    running = launch(
+        "-m", "segkit", "train", phantom_data.folder, "--output-dir", tmp_path / "run", "--stage-dir", stage_dir, *long,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "settings.json").exists() and running.poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)
+    os.killpg(running.pid, signal.SIGINT)  # Ctrl-C reaches the launcher and both processes
+    output, _ = running.communicate(timeout=120)
+    assert "interrupted in epoch 1 after" in output, output
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_epoch1.pth").epoch == 1
