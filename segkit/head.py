@@ -65,7 +65,7 @@ class _Batch:
         self.weight = weight.to(self.dtype)
         self.size = CHUNK_PIXELS if rows.device.type == "cpu" else 32 * CHUNK_PIXELS
         self.annotated = [
-            slice(None) if all(row) else torch.tensor(row, device=rows.device).nonzero()[:, 0]
+            slice(None) if all(row) else torch.tensor([c for c, there in enumerate(row) if there], device=rows.device)
             for row in targets.annotated.tolist()
         ]
         self._find_members(targets)
