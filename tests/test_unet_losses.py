@@ -20,7 +20,7 @@ from segkit.losses import (
     structure_frequencies,
 )
 from segkit.slices import Targets
-from segkit.unet import UNet2D
+from segkit.unet import UNet2D, Up
 
 
 def test_shapes_and_the_published_layout():
@@ -45,6 +45,14 @@ def test_a_pixel_is_seen_from_afar_and_skips_are_used():
     image = torch.randn(1, 1, 64, 64, requires_grad=True)
     model(image)[0, 0, 32, 32].backward()
     assert (image.grad[0, 0] != 0).nonzero().min() < 8
+
+
+def test_the_skip_connection_is_joined_as_published():
+    torch.manual_seed(0)
+    level = Up(6, 3).double()
+    below, skip = torch.randn(2, 6, 4, 5).double(), torch.randn(2, 3, 8, 10).double()
+    joined = level.convolve(torch.cat([skip, level.enlarge(below)], 1))
+    assert torch.allclose(level(below, skip), joined, rtol=1e-9)
 
 
 @pytest.mark.parametrize("arguments", [{"features": ()}, {"features": (0,)}, {"out_channels": 0}, {"in_channels": 0}])
