@@ -21,7 +21,8 @@ The files in the order in which data walk through them; each imports only from t
     ranks.py         several processes that train one model
     record.py        what a result came from: versions, code, hardware, data
     unet.py          the 2D U-Net
-    losses.py        cross-entropy, Dice and focal loss with the chunked head
+    head.py          the last layer with its loss, chunk by chunk
+    losses.py        cross-entropy, Dice and focal loss; network and loss as one
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from segkit.errors import SegkitError
@@ -33,7 +34,14 @@ class Up(nn.Module):
         self.convolve = DoubleConv(2 * out_channels, out_channels)
 
     def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.convolve(torch.cat([skip, self.enlarge(below)], 1))
+        # the convolution of both joined, as the sum of two: joined they would be copied, and kept for the gradient
+        first, *rest = self.convolve
+        of_skip, of_below = first.weight.split(skip.shape[1], 1)
+        x = F.conv2d(skip, of_skip, padding=1)
+        x += F.conv2d(self.enlarge(below), of_below, padding=1)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 class UNet2D(nn.Module):

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
 from segkit.devices import autocast
+from segkit.head import code_members
 from segkit.losses import ModelWithLoss
 from segkit.ranks import Ranks
 from segkit.slices import SliceDataset, Targets, batches
@@ -106,7 +107,7 @@ def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 def _count_slice(logits: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Of one slice: (T, 3, C). Looks only at the members of each pixel's code and at channels that rise far enough."""
     z, channels_in_all = logits.flatten(1).T, len(logits)
-    channels, counts = losses.code_members(codebook)
+    channels, counts = code_members(codebook)
     members, present = channels[codes.flatten()], counts[codes.flatten()]
     of_members = z.gather(1, members)
     held = torch.bincount(members[present], minlength=channels_in_all)

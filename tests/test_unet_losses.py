@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from segkit import losses
+import segkit.head
 from segkit.errors import SegkitError
 from segkit.losses import (
     LOSSES,
@@ -20,7 +20,7 @@ from segkit.losses import (
     structure_frequencies,
 )
 from segkit.slices import Targets
-from segkit.unet import UNet2D
+from segkit.unet import UNet2D, Up
 
 
 def test_shapes_and_the_published_layout():
@@ -45,6 +45,14 @@ def test_a_pixel_is_seen_from_afar_and_skips_are_used():
     image = torch.randn(1, 1, 64, 64, requires_grad=True)
     model(image)[0, 0, 32, 32].backward()
     assert (image.grad[0, 0] != 0).nonzero().min() < 8
+
+
+def test_the_skip_connection_is_joined_as_published():
+    torch.manual_seed(0)
+    level = Up(6, 3).double()
+    below, skip = torch.randn(2, 6, 4, 5).double(), torch.randn(2, 3, 8, 10).double()
+    joined = level.convolve(torch.cat([skip, level.enlarge(below)], 1))
+    assert torch.allclose(level(below, skip), joined, rtol=1e-9)
 
 
 @pytest.mark.parametrize("arguments", [{"features": ()}, {"features": (0,)}, {"out_channels": 0}, {"in_channels": 0}])
@@ -99,7 +107,7 @@ def test_the_chunked_head_equals_the_dense_reference_with_every_gradient(seed):
 def test_the_size_of_the_chunks_changes_nothing(monkeypatch, chunk):
     features, head, targets, weight = random_case(5)
     expected = torch.autograd.grad(dense_loss(features, head, targets, weight), features)[0]
-    monkeypatch.setattr(losses, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(segkit.head, "CHUNK_PIXELS", chunk)
     loss = head_loss(features, head, targets, weight)
     assert torch.allclose(torch.autograd.grad(loss, features)[0], expected, rtol=1e-9)
 
@@ -134,6 +142,45 @@ def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
             head(low).float(), targets.dense().float(), pos_weight=weight.float()[:, None, None], reduction="none"
         )[targets.annotated[:, :, None, None].expand(-1, -1, *low.shape[2:])].mean()
     assert abs(loss - exact) <= 2 * abs(dense_low - exact) + 1e-3
+
+
+@pytest.mark.parametrize("name", ["bce", "bce_dice"])
+def test_float16_gradients_survive_with_a_loss_scale(name):
+    """At 2e7 terms 1 / number is below what float16 can hold, and so is a gradient times it."""
+    features, head, targets, weight = random_case(9, torch.float32)
+    number = annotated_number(targets) * (20_000_000 // int(annotated_number(targets)))
+    scale = 65536.0
+    inputs = [features, head.weight, head.bias]
+    low = features.detach().half().requires_grad_()
+    loss = head_loss(low, head, targets, weight, LOSSES[name], number)
+    ours = torch.autograd.grad(loss * scale, [low, *inputs[1:]])
+    assert [g.dtype for g in ours] == [torch.float16, torch.float32, torch.float32]
+    exact = low.detach().double().requires_grad_()
+    wide = nn.Conv2d(head.in_channels, head.out_channels, 1).double()
+    wide.load_state_dict(head.state_dict())
+    inputs = [exact, wide.weight, wide.bias]
+    expected = head_loss(exact, wide, targets, weight.double(), LOSSES[name], number)
+    theirs = torch.autograd.grad(expected * scale, inputs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        # half a step of float16, and of its smallest numbers
+        assert torch.allclose(a.double(), b, rtol=2**-11 if a.dtype == torch.float16 else 1e-5, atol=2**-25)
+
+
+@pytest.mark.parametrize("shift", [-30.0, -9.0, 0.0, 9.0, 30.0])
+def test_the_shared_logarithm_is_as_good_as_one_each(shift):
+    z = torch.randn(1003, 5) + shift
+    exact = F.softplus(z.double()).sum().item()
+    assert segkit.head._softplus_sum(z.clone(), torch.sigmoid(z), z.clone()).item() == pytest.approx(exact, rel=2e-6)
+
+
+def test_the_same_input_gives_the_same_bits():
+    features, head, targets, weight = random_case(3, torch.float32)
+    inputs = [features, head.weight, head.bias]
+    first, second = (
+        torch.autograd.grad(head_loss(features, head, targets, weight, LOSSES["bce_dice"]), inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_a_batch_without_any_annotation_gives_zero_and_no_gradient():
