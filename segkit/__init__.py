@@ -20,6 +20,7 @@ The files in the order in which data walk through them; each imports only from t
     devices.py       which device there is and in which precision it is fast
     ranks.py         several processes that train one model
     record.py        what a result came from: versions, code, hardware, data
+    norms.py         normalisation of each slice alone, fast on a CPU
     unet.py          the 2D U-Net
     head.py          the last layer with its loss, chunk by chunk
     losses.py        cross-entropy, Dice and focal loss; network and loss as one

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from segkit.errors import SegkitError
+from segkit.losses import LOSSES
+from segkit.settings import TrainSettings
 
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
@@ -87,10 +89,13 @@ def probe(model: nn.Module, learn: Callable[[nn.Module, int], None], slices: int
     return halve_until_it_fits(lambda number: learn(copy.deepcopy(model), number), slices, parts)
 
 
-def message(batch_size: int, slices: int, parts: int, why: str) -> str:
-    """What a person is told when parts are made: why, how, and what is not the same any more."""
+def message(settings: TrainSettings, slices: int, parts: int, why: str) -> str:
+    """What a person is told when `slices` of a batch are computed in parts: why, how, and what is not the same."""
+    partly = ["batch normalisation"] if settings.norm == "batch" else []
+    partly += ["the Dice term"] if LOSSES[settings.loss].dice else []
+    same = f"but {' and '.join(partly)} see one part at a time" if partly else "and the result is the same"
     return (
-        f"BATCH_SIZE = {batch_size}: {why}; each batch is computed in {parts} parts of at most {-(-slices // parts)} "
-        "slices, and their gradients are accumulated. A step still learns from the whole batch, but batch "
-        "normalisation and the Dice term see one part at a time. Lower BATCH_SIZE or TARGET_SHAPE to avoid that."
+        f"BATCH_SIZE = {settings.batch_size}: {why}; each batch is computed in {parts} parts of at most "
+        f"{-(-slices // parts)} slices and their gradients are added up. A step still learns from the whole batch, "
+        f"{same}. A lower BATCH_SIZE or TARGET_SHAPE avoids it."
     )

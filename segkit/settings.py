@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from segkit.errors import SegkitError
 
 SCHEDULES = ("poly", "cosine", "plateau", "constant")
+NORM_NAMES = ("instance", "batch")
+"""What they are: `segkit.norms.NORMS`."""
 LOSS_NAMES = ("bce", "bce_dice", "dice", "focal", "textbook")
 """What they are: `segkit.losses.LOSSES`."""
 
@@ -69,6 +71,7 @@ class TrainSettings:
     warmup_steps: int = 0  # over which the learning rate rises to LEARNING_RATE
     target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
+    norm: str = "instance"  # normalisation of each slice alone, or over the "batch"
     loss: str = "bce"  # bce, bce_dice, dice, focal, textbook: see losses.LOSSES
     positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
     gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
@@ -97,7 +100,7 @@ class TrainSettings:
             _check_whole(name, getattr(self, name), 0)
         if self.accumulate > self.batch_size:
             raise SegkitError(f"ACCUMULATE = {self.accumulate}: more parts than BATCH_SIZE = {self.batch_size} slices")
-        for name, known in (("schedule", SCHEDULES), ("loss", LOSS_NAMES)):
+        for name, known in (("schedule", SCHEDULES), ("loss", LOSS_NAMES), ("norm", NORM_NAMES)):
             if getattr(self, name) not in known:
                 raise SegkitError(f"{name.upper()} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
         if not isinstance(self.augmentation, Augmentation):
@@ -117,11 +120,16 @@ class TrainSettings:
 
 
 def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
-    """TARGET_SHAPE, a tuple or list, as (rows, columns). SegkitError unless `levels` halvings leave whole pixels."""
+    """TARGET_SHAPE, a tuple or list, as (rows, columns).
+
+    SegkitError unless `levels` halvings leave whole pixels, two or more.
+    """
     step = 2**levels
     sides = _whole_numbers("TARGET_SHAPE", shape, "(256, 256)")
     if len(sides) != 2 or min(sides) < step or any(side % step for side in sides):
         raise SegkitError(f"TARGET_SHAPE = {sides}: FEATURES halve it {levels} times: give two multiples of {step}")
+    if max(sides) == step:
+        raise SegkitError(f"TARGET_SHAPE = {sides}: FEATURES halve it {levels} times, to one pixel: give a larger one")
     return sides
 
 

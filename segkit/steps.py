@@ -37,6 +37,7 @@ class Learner:
             "in_channels": 2 * settings.context + 1,
             "out_channels": len(data.label_map),
             "features": list(settings.features),
+            "norm": settings.norm,
         }
         torch.manual_seed(settings.seed)
         self.network = UNet2D(**self.shape_of_network)
@@ -79,7 +80,7 @@ class Learner:
         if needed > self.parts:
             self.parts = needed
             if self.ranks.first:
-                print(memory.message(self.settings.batch_size, slices, needed, "more than the memory holds"))
+                print(memory.message(self.settings, slices, needed, "more than the memory holds"))
         self.joined = self.ranks.joined(self.model)
         self.prepared = True
 
@@ -118,7 +119,7 @@ class Learner:
         if self.ranks.world == 1:
             parts = memory.halve_until_it_fits(learn, len(batch), self.parts)
             if parts > self.parts:
-                print(memory.message(self.settings.batch_size, len(batch), parts, "the memory ran out"))
+                print(memory.message(self.settings, len(batch), parts, "the memory ran out"))
                 self.parts = parts
         else:
             learn(self.parts)

@@ -1,25 +1,27 @@
-"""The 2D U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597), padded, with batch normalisation."""
+"""The 2D U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597), padded, with normalisation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from segkit.errors import SegkitError
+from segkit.norms import NORMS
 
 
 class DoubleConv(nn.Sequential):
-    """(3 x 3 convolution -> batch normalisation -> ReLU) twice."""
+    """(3 x 3 convolution -> normalisation -> ReLU) twice."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, norm: str):
         layers: list[nn.Module] = []
         for inputs in (in_channels, out_channels):
             layers += [
                 nn.Conv2d(inputs, out_channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(out_channels),
+                NORMS[norm](out_channels),
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*layers)
@@ -28,10 +30,10 @@ class DoubleConv(nn.Sequential):
 class Up(nn.Module):
     """Doubles the size, joins the skip connection, convolves."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, norm: str):
         super().__init__()
         self.enlarge = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-        self.convolve = DoubleConv(2 * out_channels, out_channels)
+        self.convolve = DoubleConv(2 * out_channels, out_channels, norm)
 
     def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         # the convolution of both joined, as the sum of two: joined they would be copied, and kept for the gradient
@@ -48,21 +50,28 @@ class UNet2D(nn.Module):
     """Images (B, in_channels, H, W) -> logits (B, out_channels, H, W), one independent channel a structure.
 
     features: channels of the encoder's levels; the bottleneck has twice the last. H and W are multiples of
-    2 ** len(features), 16 for the four levels of the default. A sigmoid of a logit is the channel's probability.
+    2 ** len(features), 16 for the four levels of the default. norm: a name of NORMS.
+    A sigmoid of a logit is the channel's
+    probability.
     """
 
-    def __init__(self, in_channels: int = 1, out_channels: int = 117, features: Sequence[int] = (32, 64, 128, 256)):
+    def __init__(
+        self, in_channels: int = 1, out_channels: int = 117, features: Sequence[int] = (32, 64, 128, 256),
+        norm: str = "instance",
+    ):  # fmt: skip
         super().__init__()
         if not features or min(features) < 1 or out_channels < 1 or in_channels < 1:
             raise SegkitError(
                 f"FEATURES = {tuple(features)}, {in_channels} -> {out_channels} channels: expected 1 or more"
             )
+        if norm not in NORMS:
+            raise SegkitError(f"NORM = {norm!r}: expected one of {', '.join(NORMS)}")
         self.in_channels = in_channels
         widths = (*features, 2 * features[-1])
-        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip((in_channels, *features), features, strict=False))
+        self.down = nn.ModuleList(DoubleConv(a, b, norm) for a, b in pairwise((in_channels, *features)))
         self.pool = nn.MaxPool2d(2)
-        self.bottleneck = DoubleConv(features[-1], widths[-1])
-        self.up = nn.ModuleList(Up(b, a) for a, b in reversed(list(zip(features, widths[1:], strict=True))))
+        self.bottleneck = DoubleConv(features[-1], widths[-1], norm)
+        self.up = nn.ModuleList(Up(b, a, norm) for a, b in reversed(list(zip(features, widths[1:], strict=True))))
         self.head = nn.Conv2d(features[0], out_channels, 1)
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,13 @@ SETTINGS = TrainSettings(
 )  # fmt: skip
 
 
+def test_the_message_says_what_is_not_the_same():
+    assert "the result is the same." in memory.message(SETTINGS, 8, 2, "why")
+    both = memory.message(replace(SETTINGS, norm="batch", loss="bce_dice"), 8, 4, "why")
+    assert "but batch normalisation and the Dice term see one part at a time" in both
+    assert "BATCH_SIZE = 8: why; each batch is computed in 4 parts of at most 2 slices" in both
+
+
 @given(st.integers(1, 100), st.integers(1, 10**9), st.integers(0, 10**10), st.integers(1, 4))
 def test_parts_are_the_fewest_doublings_that_fit(slices, slice_bytes, free, parts):
     found = memory.parts_that_fit(slices, slice_bytes, free, parts)
@@ -76,7 +83,7 @@ def test_little_memory_on_a_cpu_is_seen_beforehand(phantom_data, tmp_path, monke
         patched.setattr(memory, "parts_that_fit", counted)
         training.train(phantom_data, SETTINGS, tmp_path / "needed", progress=False)
     said = capsys.readouterr().out
-    assert "BATCH_SIZE = 8" in said and "4 parts of at most 2 slices" in said and "batch normalisation" in said
+    assert "BATCH_SIZE = 8" in said and "4 parts of at most 2 slices" in said and "the result is the same" in said
     assert torch.equal(weights(tmp_path / "needed"), weights(tmp_path / "asked"))
     # 32 x 32 pixels in eight maps of 4 float32 channels are 131 kB; the two levels below and the head add to that
     assert len(slice_bytes) == 1 and 2e5 < slice_bytes[0] < 5e6

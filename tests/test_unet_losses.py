@@ -19,6 +19,8 @@ from segkit.losses import (
     start_bias,
     structure_frequencies,
 )
+from segkit.norms import NORMS, InstanceNorm
+from segkit.settings import NORM_NAMES
 from segkit.slices import Targets
 from segkit.unet import UNet2D, Up
 
@@ -49,10 +51,52 @@ def test_a_pixel_is_seen_from_afar_and_skips_are_used():
 
 def test_the_skip_connection_is_joined_as_published():
     torch.manual_seed(0)
-    level = Up(6, 3).double()
+    level = Up(6, 3, "instance").double()
     below, skip = torch.randn(2, 6, 4, 5).double(), torch.randn(2, 3, 8, 10).double()
     joined = level.convolve(torch.cat([skip, level.enlarge(below)], 1))
     assert torch.allclose(level(below, skip), joined, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (1, 2, 1, 9), (2, 3, 4, 5, 6)])
+def test_instance_norm_is_that_of_torch(dtype, shape):
+    torch.manual_seed(1)
+    norm, reference = InstanceNorm(shape[1]), (nn.InstanceNorm2d if len(shape) == 4 else nn.InstanceNorm3d)(
+        shape[1], affine=True
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in (norm, reference):
+            layer.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+            layer.bias.copy_(torch.linspace(-1, 1, shape[1]))
+    results = []
+    for layer in (norm, reference):
+        layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        y = layer(x)
+        (y * torch.linspace(-1, 2, y.numel()).view(shape)).sum().backward()
+        results.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    close = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.allclose(mine, theirs, rtol=close, atol=close * float(theirs.detach().abs().max()))
+
+
+def test_a_normalised_slice_does_not_depend_on_those_beside_it():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    norm = InstanceNorm(3)
+    whole = torch.autograd.grad((norm(x.requires_grad_()) * weight).sum(), x)[0]
+    parts = [
+        torch.autograd.grad((norm(part) * of_part).sum(), part)[0]
+        for part, of_part in zip(x.detach().split(1), weight.split(1), strict=True) if part.requires_grad_() is part
+    ]  # fmt: skip
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_the_names_of_norms_are_those_that_there_are():
+    assert tuple(NORMS) == NORM_NAMES
+    with pytest.raises(SegkitError, match="NORM = 'layer': expected one of instance, batch"):
+        UNet2D(norm="layer")
 
 
 @pytest.mark.parametrize("arguments", [{"features": ()}, {"features": (0,)}, {"out_channels": 0}, {"in_channels": 0}])
