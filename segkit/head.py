@@ -64,10 +64,7 @@ class _Batch:
         self.dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
         self.weight = weight.to(self.dtype)
         self.size = CHUNK_PIXELS if rows.device.type == "cpu" else 32 * CHUNK_PIXELS
-        self.annotated = [
-            slice(None) if all(row) else torch.tensor([c for c, there in enumerate(row) if there], device=rows.device)
-            for row in targets.annotated.tolist()
-        ]
+        self.annotated = [slice(None) if all(row) else _places(row, rows.device) for row in targets.annotated.tolist()]
         self._find_members(targets)
         # the same memory for every chunk: to get new memory takes longer than to compute with it
         length = min(self.size, rows.shape[1]) * len(bias)
@@ -107,6 +104,11 @@ class _Batch:
                     sample, these, annotated, x, z, low, room, self.inside[start:end], self.channels[start:end]
                 )
                 start = end
+
+
+def _places(row: list[bool], device: torch.device) -> torch.Tensor:
+    """Where a list is true, int64, found without waiting for the device."""
+    return torch.tensor([place for place, there in enumerate(row) if there], dtype=torch.int64, device=device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
