@@ -16,16 +16,19 @@ The files in the order in which data walk through them; each imports only from t
     dataset.py       a data folder made ready in one call
     settings.py      what a person changes about a training
     slices.py        staged subjects -> batches of slices with their codes
+    slabs.py         the same for a 3D network: slices in a row
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
     devices.py       which device there is and in which precision it is fast
     unet.py          the 2D U-Net
+    networks.py      what MODEL chooses among, from MONAI where it has it
     losses.py        cross-entropy, Dice and focal loss with the chunked head
     metrics.py       counts -> Dice, IoU, success rate, detection
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold
     schedule.py      the learning rate of each step, and when training ends early
     training.py      epochs, checkpoints, history; resumed where it stopped
-    inference.py     volume in, codes out
+    ensemble.py      several seeds trained by one command
+    inference.py     volume in, codes out; the mean of an ensemble
     evaluation.py    one tidy table: a row a subject and structure
     figures.py       curves, overlays, distributions, rankings
     meshes.py        codes -> meshes in mm -> one HTML page

@@ -196,7 +196,7 @@ def head_loss(
     """
     own = annotated_number(targets)
     number = own if number is None else number
-    weight, share = head.weight[:, :, 0, 0], own / number.clamp(min=1)
+    weight, share = head.weight.flatten(1), own / number.clamp(min=1)
     return _ChunkedHead.apply(
         features.flatten(2), weight, head.bias, targets, pos_weight, terms, number, share, torch.is_grad_enabled()
     )
@@ -217,7 +217,7 @@ class ModelWithLoss(nn.Module):
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, images: torch.Tensor, targets: Targets, number: torch.Tensor | None = None) -> torch.Tensor:
-        features = self.network.decode(images)
+        targets, features = targets.by_slice(self.network.decode(images))
         with torch.autocast(images.device.type, enabled=False):
             return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number)
 

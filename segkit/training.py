@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from segkit import augment, losses
+from segkit import augment, losses, slabs
 from segkit.checkpoints import TrainingState, load_checkpoint, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
 from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
+from segkit.networks import build_network, network_arguments, on_device
 from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
-from segkit.slices import SliceBatch, SliceDataset, batches, epoch_order
+from segkit.slices import SliceBatch, batches, epoch_order
 from segkit.subjects import Split
-from segkit.unet import UNet2D
 from segkit.validation import as_row, validate
 
 STATE_SECONDS = 300
@@ -138,18 +138,14 @@ class _Trainer:
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
         self.dtype = fast_dtype(self.device)
-        self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
-        self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
+        self.train_slices = slabs.open_items(data.staged, data.split.train, data.label_map, settings)
+        self.val_slices = slabs.open_items(data.staged, data.split.val, data.label_map, settings, slabs.tiles)
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
         terms = losses.LOSSES[settings.loss]
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
-        self.shape_of_network = {
-            "in_channels": 2 * settings.context + 1,
-            "out_channels": len(data.label_map),
-            "features": list(settings.features),
-        }
+        self.shape_of_network = network_arguments(settings, len(data.label_map))
         torch.manual_seed(settings.seed)
-        self.network = UNet2D(**self.shape_of_network)
+        self.network = build_network(**self.shape_of_network)
         if terms.helped:
             losses.start_bias(self.network.head, frequencies, weights)
         if fresh and settings.init_checkpoint is not None:
@@ -157,9 +153,9 @@ class _Trainer:
             if new:
                 print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
         model = losses.ModelWithLoss(self.network, weights.float(), terms)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = on_device(model, self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
-        self.in_epoch = settings.slices_per_epoch or len(self.train_slices)
+        self.in_epoch = settings.slices_per_epoch or -(-len(self.train_slices) // settings.depth)
         self.history: History = []
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
@@ -240,7 +236,7 @@ class _Trainer:
     def _train(self, state_path: Path, progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
-        order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch, holds, s.balance)
+        order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
         loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place)
         self.model.train()
         saved = time.monotonic()
@@ -267,12 +263,12 @@ class _Trainer:
                     saved = time.monotonic()
 
     def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
-        """How many (sample, channel) of a batch are annotated, after mirroring."""
+        """How many (slice that counts, channel) of a batch are annotated, after mirroring."""
         annotated = batch.annotated
         if self.settings.augmentation.flip_left_right:
             drawn = augment.draw(self.settings.augmentation, self.settings.seed, epoch, batch.numbers.tolist())
             _, annotated = augment.mirror_targets(batch.codebook, annotated, drawn.mirrored, self.mirrored)
-        return annotated.sum().to(self.device)
+        return (annotated * batch.counted.sum(1, keepdim=True)).sum().to(self.device)
 
     def _step(self, batch: SliceBatch, epoch: int) -> float:
         """One step of the optimiser on a batch, computed in `accumulate` parts; its loss."""

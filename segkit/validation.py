@@ -39,8 +39,9 @@ def validate(
     workers: int = 0,
     progress: bool = True,
 ) -> Validation:
-    """Score `slices` evenly spaced slices of `data` (all by default).
+    """Score `slices` evenly spaced items of `data` (all by default): slices, or slabs that tile them.
 
+    `batch_size` slices at a time, of slabs at least one: their logits take more room than what is learned from.
     Positive weights raise a model's probabilities, by how much depends on how far it has learned; so the threshold is
     not assumed but chosen here, on validation subjects. Counts are summed per subject and structure before any ratio.
     """
@@ -49,16 +50,18 @@ def validate(
     counts: dict[str, torch.Tensor] = {}
     loss, number = 0.0, 0
     model.eval()
-    loader = batches(data, order, batch_size, workers)
+    loader = batches(data, order, max(1, batch_size // data.depth), workers)
     for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
         images, targets = augment.to_network(batch.to(device), target_shape)
         with autocast(device, dtype):
             features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
             logits = model.network.head(features).float()
+        targets, features, logits = targets.by_slice(features, logits)
         size = int(losses.annotated_number(targets))
         mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
         loss, number = loss + float(mean) * size, number + size
-        for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
+        positions = batch.numbers.repeat_interleave(batch.counted.sum(1)).tolist()
+        for position, of_slice in zip(positions, count_slices(logits, targets), strict=True):
             subject = data.where[order[position]][0]
             counts[subject] = counts.get(subject, 0) + of_slice
     table = torch.stack(list(counts.values()), 1).cpu().numpy()
