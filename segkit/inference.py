@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from segkit import augment
 from segkit.checkpoints import Checkpoint
 from segkit.codes import CodeVolume, CodeWriter, encode
-from segkit.devices import autocast, fast_dtype, pick_device
+from segkit.devices import autocast, pick_device
 from segkit.errors import SegkitError
-from segkit.networks import on_device
+from segkit.networks import on_device, precision
 from segkit.slabs import SlabDataset, window_starts, window_weights, windows
 from segkit.slices import SliceBatch, SliceDataset, batches
 from segkit.staging import StagedSubject
@@ -49,7 +49,6 @@ class Predictor:
             raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")
         self.asked_device = device
         self.device = pick_device(device)
-        self.dtype = fast_dtype(self.device)
         models = [model] if isinstance(model, nn.Module) else list(model)
         self.models = [on_device(each, self.device).eval() for each in models]
         self.label_map = dict(label_map)
@@ -91,7 +90,6 @@ class Predictor:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self.device = pick_device(self.asked_device)
-        self.dtype = fast_dtype(self.device)
         self.models = [on_device(model, self.device) for model in self.models]
 
     def predict(self, subject: StagedSubject, part: Part | None = None, progress: bool = False) -> CodeVolume:
@@ -159,7 +157,7 @@ class Predictor:
     def _run(self, model: nn.Module, batch: SliceBatch) -> torch.Tensor:
         """Logits on the network's grid, float32 (B, C, H, W), of slabs (B, C, D, H, W)."""
         images, _ = augment.to_network(batch.to(self.device), self.target_shape)
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, precision(model, self.device)):
             return model(images.contiguous(memory_format=torch.channels_last)).float()
 
 

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from segkit import augment, losses, slabs
 from segkit.checkpoints import TrainingState, load_checkpoint, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
-from segkit.devices import autocast, fast_dtype, pick_device
+from segkit.devices import autocast, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
-from segkit.networks import build_network, network_arguments, on_device
+from segkit.networks import build_network, network_arguments, on_device, precision
 from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
@@ -137,7 +137,6 @@ class _Trainer:
         self.settings, self.label_map, self.split = settings, data.label_map, data.split
         self.mirrored = mirrored_channels(data.label_map)
         self.device = pick_device(settings.device)
-        self.dtype = fast_dtype(self.device)
         self.train_slices = slabs.open_items(data.staged, data.split.train, data.label_map, settings)
         self.val_slices = slabs.open_items(data.staged, data.split.val, data.label_map, settings, slabs.tiles)
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
@@ -146,6 +145,7 @@ class _Trainer:
         self.shape_of_network = network_arguments(settings, len(data.label_map))
         torch.manual_seed(settings.seed)
         self.network = build_network(**self.shape_of_network)
+        self.dtype = precision(self.network, self.device)
         if terms.helped:
             losses.start_bias(self.network.head, frequencies, weights)
         if fresh and settings.init_checkpoint is not None:
