@@ -134,7 +134,7 @@ def precision(model: nn.Module, device: torch.device) -> torch.dtype:
     """In which precision the model computes fast and right on a device: `fast_dtype`, but float32 for 3D on a CPU.
 
     There torch 2.13 reads memory that nobody wrote in the bfloat16 gradient of a 3D convolution of 8 channels by its
-    weights: another result each time, now and then NaN. Float32 takes about a fifth longer.
+    weights: another result each time, now and then NaN. Float32 took a quarter longer.
     """
     return torch.float32 if device.type == "cpu" and _of_volumes(model) else fast_dtype(device)
 

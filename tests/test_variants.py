@@ -1,4 +1,4 @@
-"""Attention U-Net and 3D U-Net: built, learned from slabs, stored and blended over windows; answers known by other ways."""
+"""Attention U-Net and 3D U-Net: built, trained on slabs, stored, blended over windows; answers known by other ways."""
 
 import importlib.util
 import json
@@ -153,9 +153,10 @@ def test_slabs_hold_what_the_store_holds(subject, phantom_data):
     [single] = batches(flat, range(6, 14), 8)
     variation = augment.draw(TrainSettings().augmentation, 0, 1, [0])
     repeated = augment.draw(TrainSettings().augmentation, 0, 1, [0] * 8)
-    images, targets = augment.to_network(slab, (32, 32), replace(variation, intensity=torch.zeros(1, 5) + 1))
-    planes, singly = augment.to_network(single, (32, 32), replace(repeated, intensity=torch.zeros(8, 5) + 1))
-    assert torch.equal(targets.codes[0], singly.codes) and images.shape == (1, 8, 32, 32)
+    as_it_is = torch.tensor([[1.0, 0, 0, 1, 0]])
+    images, targets = augment.to_network(slab, (32, 32), replace(variation, intensity=as_it_is))
+    planes, singly = augment.to_network(single, (32, 32), replace(repeated, intensity=as_it_is.expand(8, -1)))
+    assert torch.equal(targets.codes[0], singly.codes) and torch.allclose(images[0], planes[:, 0], atol=1e-5)
     of_slices, _ = targets.by_slice(images[:, None])
     assert torch.equal(of_slices.dense(), singly.dense())
 
