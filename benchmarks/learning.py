@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from segkit import devices, evaluation, slices, steps, training
-from segkit.checkpoints import best_checkpoint, load_checkpoint
+from segkit.checkpoints import load_checkpoints
 from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
 from segkit.ranks import Ranks
@@ -39,6 +39,8 @@ VARIANTS = {
     "learning rate 4e-3, warm-up": {"learning_rate": 4e-3, "warmup_steps": 50},
     "cosine": {"schedule": "cosine"},
     "batch of 16": {"batch_size": 16},
+    "attention gates": {"model": "attention_unet"},
+    "3D, slabs of 16": {"model": "unet3d", "batch_size": 1},
 }
 
 
@@ -58,8 +60,7 @@ def main() -> None:
         settings = replace(settings, slices_per_epoch=steps * settings.batch_size)
         with tempfile.TemporaryDirectory() as folder:
             [row] = training.train(data, settings, folder, progress=False)
-            best = load_checkpoint(best_checkpoint(folder))
-        predictor = Predictor(best.model, best.label_map, best.target_shape, best.thresholds)
+            predictor = Predictor.of(load_checkpoints(folder))
         scores = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
         headline, above = evaluation.summarize(scores)["macro_dice"], evaluation.per_structure(scores)["dice"] > 0.5
         print(f"| {name} | {steps} | {row['val_dice']:.3f} | {headline:.3f} | {above.sum()} |", flush=True)

@@ -16,12 +16,14 @@ The files in the order in which data walk through them; each imports only from t
     dataset.py       a data folder made ready in one call
     settings.py      what a person changes about a training
     slices.py        staged subjects -> batches of slices with their codes
+    slabs.py         the same for a 3D network: slices in a row
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
     devices.py       which device there is and in which precision it is fast
     ranks.py         several processes that train one model
     record.py        what a result came from: versions, code, hardware, data
     norms.py         normalisation of each slice alone, fast on a CPU
     unet.py          the 2D U-Net
+    networks.py      what MODEL chooses among, from MONAI where it has it
     head.py          the last layer with its loss, chunk by chunk
     losses.py        cross-entropy, Dice and focal loss; network and loss as one
     metrics.py       counts -> Dice, IoU, success rate, detection
@@ -32,7 +34,8 @@ The files in the order in which data walk through them; each imports only from t
     interrupts.py    the stop button, held back until a step is whole
     steps.py         one step of training, in parts and over ranks
     training.py      epochs, checkpoints, history; resumed where it stopped
-    inference.py     volume in, codes out
+    ensemble.py      several seeds trained by one command
+    inference.py     volume in, codes out; the mean of an ensemble
     evaluation.py    one tidy table: a row a subject and structure
     figures.py       curves, overlays, distributions, rankings
     meshes.py        codes -> meshes in mm -> one HTML page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,9 +111,10 @@ def train(
     max_subjects: int | None = None,
     jobs: int = 1,
     augment: bool = True,
+    members: int = 1,
     resume: bool = False,
 ) -> None:
-    """Stage what is not staged yet and train a U-Net; checkpoints and history go to the output folder.
+    """Stage what is not staged yet and train a U-Net, or several; checkpoints and history go to the output folder.
 
     On several GPUs: accelerate launch -m segkit train ...; each step's slices are shared out over them.
 
@@ -126,14 +128,17 @@ def train(
         max_subjects: at most so many.
         jobs: subjects staged at the same time.
         augment: vary training slices, as the settings of the augmentation say.
+        members: train an ensemble of so many, with the seeds SEED, SEED + 1, ..., into member_1/ and so on.
         resume: go on with the interrupted or killed training in the output folder.
     """
-    from segkit import figures, training
+    from segkit import ensemble, figures
     from segkit.dataset import open_data, phantoms_in
+    from segkit.networks import check_installed
     from segkit.ranks import join_ranks, leave_ranks
 
     settings = (settings if augment else replace(settings, augmentation=NO_AUGMENTATION)).checked()
     ranks = join_ranks(settings.device)
+    check_installed(settings.model)
     with ranks.first_goes_first():  # the others find everything staged
         if data_dir is None:
             print("no DATA_DIR: training on phantoms")
@@ -143,10 +148,10 @@ def train(
     if ranks.first:
         _report(data.problems)
 
-    def draw(history: training.History) -> None:
-        figures.save_figure(output_dir / "training_history.png", figures.plot_history(history))
+    def watch(path: Path) -> Callable[[list[dict]], object]:
+        return lambda history: figures.save_figure(path, figures.plot_history(history))
 
-    history = training.train(data, settings, output_dir, draw, resume=resume, ranks=ranks)
+    history = ensemble.train_members(data, settings, output_dir, members, watch, resume=resume, ranks=ranks)[-1]
     leave_ranks(ranks)
     if not history or history[-1].get("interrupted"):
         sys.exit(130)  # what a shell expects of an interrupted command: nothing that needs the model follows
@@ -170,7 +175,8 @@ def evaluate(
         output_dir: the folder of the training run; results go there too.
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
-        checkpoint: the one with the best validation Dice by default.
+        checkpoint: a file, or the folder of a run; by default the one with the best validation Dice, of each member
+            where several were trained.
         threshold: a structure is where its probability exceeds this; by default what validated best for each.
         detected_dice: from this Dice on a structure counts as detected.
         batch_size: slices predicted at a time.
@@ -179,21 +185,20 @@ def evaluate(
         jobs: subjects staged at the same time.
     """
     from segkit import evaluation, report
-    from segkit.checkpoints import best_checkpoint, load_checkpoint
+    from segkit.checkpoints import load_checkpoints
     from segkit.dataset import open_run
     from segkit.inference import Predictor
 
     data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, jobs)
     _report(data.problems)
-    loaded = load_checkpoint(checkpoint or best_checkpoint(output_dir), data.label_map)
-    threshold = loaded.thresholds if threshold is None else threshold
-    predictor = Predictor(loaded.model, loaded.label_map, loaded.target_shape, threshold, batch_size, device)
+    loaded = load_checkpoints(checkpoint or output_dir, data.label_map)
+    predictor = Predictor.of(loaded, threshold, batch_size, device)
     kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
     scores = evaluation.evaluate(predictor, data.staged, parts, split, kept, detected_dice)
-    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, loaded.target_shape)
+    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape)
     results = report.Report(scores, split, output_dir)
     results.table()
-    summary = results.summary(bound, loaded.path)
+    summary = results.summary(bound, [one.path for one in loaded])
     for draw in (results.distribution, results.ranking, results.success):
         draw()
     first = data.staged[parts[0].subject]

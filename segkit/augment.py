@@ -74,21 +74,26 @@ def to_network(
 ) -> tuple[torch.Tensor, Targets]:
     """Images (B, P, H, W) float32 as the network takes them, and their Targets, on the batch's device.
 
-    Without `variation` the slices are only fitted. `partners` (`segkit.labels.mirrored_channels`) is needed where
-    slices are mirrored: partners swap, a channel without partner counts as not annotated in that sample.
+    Without `variation` the slices are only fitted. All slices of a slab are sampled alike. `partners`
+    (`segkit.labels.mirrored_channels`) is needed where slices are mirrored: partners swap, a channel without partner
+    counts as not annotated in that sample.
     """
     shrink = shrinking(batch, target_shape)
     fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
     hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
     hu = F.avg_pool2d(hu, shrink) if shrink > 1 else hu
     coarse = sampling_grid(batch, target_shape, variation)
-    codes = _sample(batch.codes.float()[:, None], coarse, "nearest")[:, 0].long()
+    codes = batch.codes.float()
+    if codes.ndim == 3:
+        codes = _sample(codes[:, None], coarse, "nearest")[:, 0].long()
+    else:
+        codes = _sample(codes, coarse, "nearest").long()
     hu = hu + AIR_HU
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
         hu = vary_intensity(hu, variation)
         codebook, annotated = mirror_targets(codebook, annotated, variation.mirrored, partners)
-    return normalize(hu), Targets(codes, codebook, annotated)
+    return normalize(hu), Targets(codes, codebook, annotated, batch.counted)
 
 
 def examples(
@@ -147,7 +152,7 @@ def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variatio
             place = place + F.interpolate(points, shape, mode="bicubic", align_corners=True).movedim(1, -1)
         place = torch.einsum("bij,bhwj->bhwi", variation.matrix.to(device), place)
     place = place / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
-    padded = torch.tensor(batch.codes.shape[1:], device=device)
+    padded = torch.tensor(batch.codes.shape[-2:], device=device)
     return (2 * place / padded - 1).flip(-1)
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from segkit.errors import SegkitError
 from segkit.labels import check_label_map
-from segkit.runs import write_whole
-from segkit.unet import UNet2D
+from segkit.networks import build_network
+from segkit.runs import member_folders, write_whole
 
 FORMAT = 1
 _FIELDS = {"epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "weights": dict}
@@ -21,7 +22,7 @@ _FIELDS = {"epoch": int, "network": dict, "label_map": dict, "settings": dict, "
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a `checkpoint_epochX.pth` holds. `network` are the arguments of UNet2D, `settings` those of the training."""
+    """What a `checkpoint_epochX.pth` holds. `network`: the arguments of `build_network`, `settings` of the training."""
 
     path: Path
     epoch: int
@@ -30,24 +31,25 @@ class Checkpoint:
     settings: dict
     scores: dict
     record: dict  # what it came from, see `segkit.record`; empty in files that have none
-    model: UNet2D  # in evaluation mode, on the CPU
+    model: nn.Module  # in evaluation mode, on the CPU
 
     @property
     def target_shape(self) -> tuple[int, int]:
         """What the network sees, rows and columns."""
         return tuple(self.settings["target_shape"])
 
-    def start_network(self, network: UNet2D, label_map: Mapping[str, int]) -> list[str]:
+    def start_network(self, network: nn.Module, label_map: Mapping[str, int]) -> list[str]:
         """Give another network these weights, the head's channels matched by name; the names that found none.
 
-        Raises SegkitError where the levels of the two networks differ.
+        Raises SegkitError where the two are different models, or their levels differ.
         """
         own, wanted = self.model.state_dict(), network.state_dict()
         body = [name for name in wanted if not name.startswith("head.")]
         unlike = [name for name in body if name not in own or own[name].shape != wanted[name].shape]
-        if unlike or own["head.weight"].shape[1:] != wanted["head.weight"].shape[1:]:
+        same_kind = type(self.model) is type(network)
+        if not same_kind or unlike or own["head.weight"].shape[1:] != wanted["head.weight"].shape[1:]:
             raise SegkitError(
-                f"INIT_CHECKPOINT {self.path}: another network: expected FEATURES and CONTEXT of {self.network}"
+                f"INIT_CHECKPOINT {self.path}: another network: expected MODEL, FEATURES and CONTEXT of {self.network}"
             )
         shared = [name for name in label_map if name in self.label_map]
         for name in body:
@@ -66,7 +68,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, model: UNet2D, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict,
+    path: Path, model: nn.Module, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict,
     record: dict,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types."""
@@ -118,9 +120,10 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
         raise SegkitError(f"{path}: damaged checkpoint: expected a threshold for each of {len(own_map)} structures")
     if label_map is not None and dict(label_map) != own_map:
         raise SegkitError(f"{path}: trained with another label map: {_difference(own_map, dict(label_map))}")
-    model = _rebuild(path, content, len(own_map))
+    network = content["network"]
+    model = _rebuild(path, network, content["weights"], len(own_map))
     return Checkpoint(
-        path, content["epoch"], content["network"], own_map, content["settings"], content["scores"],
+        path, content["epoch"], network, own_map, content["settings"], content["scores"],
         content.get("record") or {}, model,
     )  # fmt: skip
 
@@ -159,15 +162,16 @@ def load_state(path: Path) -> TrainingState:
     return state
 
 
-def _rebuild(path: Path, content: dict, channels: int) -> UNet2D:
-    weights, network = content["weights"], content["network"]
+def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Module:
     try:
         with torch.device("meta"):  # shapes first: a wrong or hostile file allocates nothing
-            model = UNet2D(**network)
+            model = build_network(**network)
         if network["out_channels"] != channels:
             raise ValueError(f"{network['out_channels']} output channels for {channels} structures")
         model.load_state_dict(weights, strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except SegkitError as error:
+        raise SegkitError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SegkitError(f"{path}: damaged checkpoint: weights do not fit the network {network}: {reason}") from error
     return model.eval()
@@ -184,11 +188,25 @@ def _difference(own: dict[str, int], wanted: dict[str, int]) -> str:
 
 
 def best_checkpoint(output_dir: str | Path) -> Path:
-    """The checkpoint with the highest validation Dice in `training_history.json`.
+    """The checkpoint with the highest validation Dice in `training_history.json`; of an ensemble, of any member.
 
-    Raises SegkitError if the folder holds no finished epoch.
+    Raises SegkitError if the folder, or that of a member, holds no finished epoch.
     """
-    folder = Path(output_dir)
+    return max(_best(folder) for folder in member_folders(output_dir) or [Path(output_dir)])[1]
+
+
+def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = None) -> list[Checkpoint]:
+    """What predicts together: the best checkpoint of each member of the run in the folder `source`, of its only
+    network where it is no ensemble; or the one in the file `source`. Raises SegkitError as `load_checkpoint` does.
+    """
+    if not Path(source).is_dir():
+        return [load_checkpoint(source, label_map)]
+    paths = [_best(folder)[1] for folder in member_folders(source) or [Path(source)]]
+    return [load_checkpoint(path, label_map) for path in paths]
+
+
+def _best(folder: Path) -> tuple[float, Path]:
+    """The highest validation Dice of a training, and its checkpoint."""
     try:
         history = json.loads((folder / "training_history.json").read_text(encoding="utf-8"))
         epochs = [(row["val_dice"] or 0.0, row["epoch"]) for row in history["epochs"]]
@@ -199,4 +217,5 @@ def best_checkpoint(output_dir: str | Path) -> Path:
     there = [(score, epoch) for score, epoch in epochs if (folder / f"checkpoint_epoch{epoch}.pth").is_file()]
     if not there:
         raise SegkitError(f"{folder}: no checkpoint of an epoch in training_history.json; train first")
-    return folder / f"checkpoint_epoch{max(there)[1]}.pth"
+    score, epoch = max(there)
+    return score, folder / f"checkpoint_epoch{epoch}.pth"

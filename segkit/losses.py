@@ -48,8 +48,8 @@ def head_loss(
     share = own / number.clamp(min=1)
     asked = Asked(targets, pos_weight, terms, number, share, torch.is_grad_enabled())
     # channels_last memory is rows of pixels already: nothing is copied
-    rows = features.movedim(1, -1).flatten(1, 2)
-    return ChunkedHead.apply(rows, head.weight[:, :, 0, 0], head.bias, asked)
+    rows = features.movedim(1, -1).flatten(1, -2)
+    return ChunkedHead.apply(rows, head.weight.flatten(1), head.bias, asked)
 
 
 def annotated_number(targets: Targets) -> torch.Tensor:
@@ -67,7 +67,7 @@ class ModelWithLoss(nn.Module):
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, images: torch.Tensor, targets: Targets, number: torch.Tensor | None = None) -> torch.Tensor:
-        features = self.network.decode(images)
+        targets, features = targets.by_slice(self.network.decode(images))
         with torch.autocast(images.device.type, enabled=False):
             return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from segkit.errors import SegkitError
-from segkit.losses import LOSSES
-from segkit.settings import TrainSettings
 
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
@@ -89,13 +87,14 @@ def probe(model: nn.Module, learn: Callable[[nn.Module, int], None], slices: int
     return halve_until_it_fits(lambda number: learn(copy.deepcopy(model), number), slices, parts)
 
 
-def message(settings: TrainSettings, slices: int, parts: int, why: str) -> str:
-    """What a person is told when `slices` of a batch are computed in parts: why, how, and what is not the same."""
-    partly = ["batch normalisation"] if settings.norm == "batch" else []
-    partly += ["the Dice term"] if LOSSES[settings.loss].dice else []
+def message(batch_size: int, slices: int, parts: int, why: str, partly: Sequence[str]) -> str:
+    """What a person is told when `slices` of a batch are computed in parts: why, how, and what is not the same.
+
+    `partly`: what sees one part at a time.
+    """
     same = f"but {' and '.join(partly)} see one part at a time" if partly else "and the result is the same"
     return (
-        f"BATCH_SIZE = {settings.batch_size}: {why}; each batch is computed in {parts} parts of at most "
+        f"BATCH_SIZE = {batch_size}: {why}; each batch is computed in {parts} parts of at most "
         f"{-(-slices // parts)} slices and their gradients are added up. A step still learns from the whole batch, "
         f"{same}. A lower BATCH_SIZE or TARGET_SHAPE avoids it."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,11 +32,11 @@ class Report:
         path = Path(self.output_dir) / f"evaluation_results_{self.stamp}.csv"
         return self._keep(write_whole(path, lambda temporary: self.scores.to_csv(temporary, index=False)))
 
-    def summary(self, upper_bound: pd.DataFrame, checkpoint: Path) -> dict:
+    def summary(self, upper_bound: pd.DataFrame, checkpoints: Sequence[Path]) -> dict:
         """`evaluation_summary_<stamp>.json`: the headline of the scores, and of the reference through TARGET_SHAPE."""
         content = {
             "split": self.split,
-            "checkpoint": str(checkpoint),
+            "checkpoints": [str(path) for path in checkpoints],
             "prediction": evaluation.summarize(self.scores),
             "reference_through_target_shape": evaluation.summarize(upper_bound),
         }

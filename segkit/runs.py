@@ -25,6 +25,7 @@ RUN_FILES = (
     "segmentation_visualization_*.png",
     "3d_*.html",
     "predictions",
+    "member_*",
 )
 """What belongs to one run. Staged stores, phantoms and executed notebooks serve several and stay where they are."""
 
@@ -71,6 +72,17 @@ def start_run(output_dir: str | Path) -> Path:
         for path in older:
             path.rename(archive / path.name)
     return folder
+
+
+def member_folder(output_dir: str | Path, number: int) -> Path:
+    """Where member `number` (from 1) of an ensemble keeps its files: those of a training of one network."""
+    return Path(output_dir) / f"member_{number}"
+
+
+def member_folders(output_dir: str | Path) -> list[Path]:
+    """The folders of the members in `output_dir`, in their order; none where one network was trained."""
+    numbers = [re.fullmatch(r"member_(\d+)", path.name) for path in Path(output_dir).glob("member_*") if path.is_dir()]
+    return [member_folder(output_dir, number) for number in sorted(int(found[1]) for found in numbers if found)]
 
 
 def make_folder(folder: Path) -> Path:

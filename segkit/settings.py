@@ -13,6 +13,8 @@ NORM_NAMES = ("instance", "batch")
 """What they are: `segkit.norms.NORMS`."""
 LOSS_NAMES = ("bce", "bce_dice", "dice", "focal", "textbook")
 """What they are: `segkit.losses.LOSSES`."""
+MODEL_NAMES = ("unet", "attention_unet", "unet3d")
+"""What they are: `segkit.networks.MODELS`."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,24 @@ class TrainSettings:
     """What a person changes. Stored with every checkpoint."""
 
     epochs: int = 5  # passes over the training slices
-    batch_size: int = 8  # slices a step of the optimiser
+    batch_size: int = 8  # slices (unet3d: slabs) a step of the optimiser
     learning_rate: float = 1e-3  # Adam's, at its highest
     schedule: str = "poly"  # poly: (1 - progress) ** 0.9; cosine; plateau: halved when the validation Dice stands still
     warmup_steps: int = 0  # over which the learning rate rises to LEARNING_RATE
     target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
+    model: str = "unet"  # unet, attention_unet, unet3d: see networks.MODELS
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
-    norm: str = "instance"  # normalisation of each slice alone, or over the "batch"
+    norm: str = "instance"  # of unet: normalisation of each slice alone, or over the "batch"
+    patch_slices: int = 16  # unet3d: neighbouring slices that it takes and labels together, a slab
     loss: str = "bce"  # bce, bce_dice, dice, focal, textbook: see losses.LOSSES
     positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
     gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
     accumulate: int = 1  # parts in which a batch is computed, one after the other, to save memory
     augmentation: Augmentation = field(default_factory=Augmentation)
     context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
-    slices_per_epoch: int | None = None  # None: as many as there are
+    slices_per_epoch: int | None = None  # unet3d: slabs. None: as many slices as there are
     balance: float = 1.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
-    validation_slices: int | None = None  # evenly spaced; None: all of them
+    validation_slices: int | None = None  # evenly spaced, unet3d: slabs; None: all of them
     early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
     init_checkpoint: str | None = None  # start from these weights, channels matched by name
     seed: int = 0  # of phantoms, choice of subjects, split, order, augmentation and first weights
@@ -91,7 +95,7 @@ class TrainSettings:
         """These settings with shapes as tuples, or SegkitError that names the first that makes no sense."""
         features = _whole_numbers("FEATURES", self.features, "(32, 64, 128, 256)")
         target_shape = check_target_shape(self.target_shape, len(features))
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "patch_slices"):
             _check_whole(name, getattr(self, name), 1)
         for name in ("slices_per_epoch", "validation_slices", "early_stopping"):
             if getattr(self, name) is not None:
@@ -100,9 +104,12 @@ class TrainSettings:
             _check_whole(name, getattr(self, name), 0)
         if self.accumulate > self.batch_size:
             raise SegkitError(f"ACCUMULATE = {self.accumulate}: more parts than BATCH_SIZE = {self.batch_size} slices")
-        for name, known in (("schedule", SCHEDULES), ("loss", LOSS_NAMES), ("norm", NORM_NAMES)):
+        for name, known in (
+            ("schedule", SCHEDULES), ("loss", LOSS_NAMES), ("model", MODEL_NAMES), ("norm", NORM_NAMES),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise SegkitError(f"{name.upper()} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        _check_model(self.model, features, self.patch_slices, self.context)
         if not isinstance(self.augmentation, Augmentation):
             raise SegkitError(f"AUGMENTATION = {self.augmentation!r}: expected a segkit.settings.Augmentation")
         # plain types: those of numpy cannot be stored in a checkpoint that holds data alone
@@ -116,6 +123,27 @@ class TrainSettings:
             positive_weight_cap=_real("positive_weight_cap", self.positive_weight_cap, 1, 1e30),
             augmentation=self.augmentation.checked(),
             init_checkpoint=None if self.init_checkpoint is None else str(self.init_checkpoint),
+        )
+
+    @property
+    def depth(self) -> int:
+        """How many slices the network labels at a time."""
+        return self.patch_slices if self.model == "unet3d" else 1
+
+
+def _check_model(model: str, features: tuple[int, ...], patch_slices: int, context: int) -> None:
+    step = 2 ** len(features)
+    if model == "attention_unet" and min(features) < 2:
+        raise SegkitError(f"FEATURES = {features}: attention_unet halves them within its gates: give 2 or more")
+    if model != "unet3d":
+        return
+    if context:
+        raise SegkitError(f"CONTEXT = {context}: unet3d sees neighbours in its PATCH_SLICES already: set CONTEXT = 0")
+    if len(features) < 2:
+        raise SegkitError(f"FEATURES = {features}: unet3d has two levels or more")
+    if patch_slices % step:
+        raise SegkitError(
+            f"PATCH_SLICES = {patch_slices}: FEATURES halve a slab {len(features)} times: give a multiple of {step}"
         )
 
 
@@ -135,7 +163,10 @@ def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]
 
 def changed(settings: TrainSettings, stored: dict) -> list[str]:
     """The names of the settings in which these differ from stored ones (`dataclasses.asdict`, through JSON or not)."""
-    return [f.name for f in fields(settings) if _plain(getattr(settings, f.name)) != _plain(stored.get(f.name))]
+    # a setting that was not there yet did what its default does
+    return [
+        f.name for f in fields(settings) if _plain(getattr(settings, f.name)) != _plain(stored.get(f.name, f.default))
+    ]
 
 
 def _plain(value: object) -> object:

@@ -20,16 +20,29 @@ AIR_HU = -1024
 class Targets:
     """Which structures each pixel belongs to, without a plane a structure.
 
-    codes: int64 (B, H, W). codebook: bool (B, K, C), `codebook[b, k]` the channels of code k in sample b. annotated:
-    bool (B, C), the channels that take part in loss and scores.
+    codes: int64 (B, H, W), of slabs (B, D, H, W). codebook: bool (B, K, C), `codebook[b, k]` the channels of code k in
+    sample b. annotated: bool (B, C), the channels that take part in loss and scores. counted: bool (B, D), which
+    slices of slabs take part in them; slices by themselves always do.
     """
 
     codes: torch.Tensor
     codebook: torch.Tensor
     annotated: torch.Tensor
+    counted: torch.Tensor | None = None
+
+    def by_slice(self, *planes: torch.Tensor) -> tuple[Targets, *tuple[torch.Tensor, ...]]:
+        """The N slices of slabs that count, one after the other, as Targets of slices; then the same of each of
+        `planes`, (B, F, D, H, W) -> (N, F, H, W). Slices by themselves come back as they are.
+        """
+        if self.codes.ndim == 3:
+            return self, *planes
+        chosen = self.counted.flatten().nonzero()[:, 0]
+        sample = chosen // self.counted.shape[1]
+        targets = Targets(self.codes.flatten(0, 1)[chosen], self.codebook[sample], self.annotated[sample])
+        return targets, *(each.movedim(2, 1).flatten(0, 1).index_select(0, chosen) for each in planes)
 
     def dense(self) -> torch.Tensor:
-        """One plane a channel, bool (B, C, H, W). For references and scores; training does without it."""
+        """One plane a channel, bool (B, C, H, W), of slabs (B, C, D, H, W). For references; training does without."""
         return torch.stack([table[codes] for table, codes in zip(self.codebook, self.codes, strict=True)]).movedim(
             -1, 1
         )
@@ -37,15 +50,17 @@ class Targets:
 
 @dataclass(frozen=True)
 class SliceBatch:
-    """B slices on their own pixel grids, padded with air and background to one size.
+    """B slices, or slabs of D of them, on their own pixel grids, padded with air and background to one size.
 
-    hu: int16 (B, P, Y, X), the slice and its neighbours from low to high, P odd. codes: int32 (B, Y, X). sizes:
-    float32 (B, 2), rows and columns before padding. spacing_mm: float32 (B, 2), (y, x). codebook and annotated as in
-    Targets. numbers: int64 (B,), places in the epoch's order.
+    hu: int16 (B, P, Y, X), the slice and its neighbours from low to high, P odd; of slabs P = D. codes: int32
+    (B, Y, X), of slabs (B, D, Y, X). counted: bool (B, D) as in Targets, D = 1 for slices. sizes: float32 (B, 2),
+    rows and columns before padding. spacing_mm: float32 (B, 2), (y, x). codebook and annotated as in Targets.
+    numbers: int64 (B,), places in the epoch's order.
     """
 
     hu: torch.Tensor
     codes: torch.Tensor
+    counted: torch.Tensor
     sizes: torch.Tensor
     spacing_mm: torch.Tensor
     codebook: torch.Tensor
@@ -71,6 +86,8 @@ class SliceDataset(Dataset):
     With `context` n each slice comes with the n below and the n above it, from the same scan whatever the part; at the
     ends of the scan the last slice is repeated.
     """
+
+    depth = 1  # slices that an item labels
 
     def __init__(
         self,
@@ -125,22 +142,24 @@ class SliceDataset(Dataset):
 
 def collate(items: Sequence[tuple[int, dict]]) -> SliceBatch:
     """One SliceBatch from (number in the epoch, item) pairs, padded to the largest slice and the largest codebook."""
-    rows, columns = (max(item["codes"].shape[axis] for _, item in items) for axis in (0, 1))
+    rows, columns = (max(item["codes"].shape[axis] for _, item in items) for axis in (-2, -1))
     codes = max(len(item["codebook"]) for _, item in items)
     first = items[0][1]
+    counted = [item.get("counted", torch.ones(1, dtype=torch.bool)) for _, item in items]
     batch = SliceBatch(
         hu=torch.full((len(items), len(first["hu"]), rows, columns), AIR_HU, dtype=torch.int16),
-        codes=torch.zeros((len(items), rows, columns), dtype=torch.int32),
-        sizes=torch.tensor([item["codes"].shape for _, item in items], dtype=torch.float32),
+        codes=torch.zeros((len(items), *first["codes"].shape[:-2], rows, columns), dtype=torch.int32),
+        counted=torch.stack(counted),
+        sizes=torch.tensor([item["codes"].shape[-2:] for _, item in items], dtype=torch.float32),
         spacing_mm=torch.tensor([item["spacing_mm"] for _, item in items], dtype=torch.float32),
         codebook=torch.zeros((len(items), codes, first["codebook"].shape[1]), dtype=torch.bool),
         annotated=torch.stack([item["annotated"] for _, item in items]),
         numbers=torch.tensor([number for number, _ in items]),
     )
     for place, (_, item) in enumerate(items):
-        y, x = item["codes"].shape
+        y, x = item["codes"].shape[-2:]
         batch.hu[place, :, :y, :x] = item["hu"]
-        batch.codes[place, :y, :x] = item["codes"]
+        batch.codes[place, ..., :y, :x] = item["codes"]
         batch.codebook[place, : len(item["codebook"])] = item["codebook"]
     return batch
 

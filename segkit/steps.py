@@ -11,12 +11,12 @@ import torch
 from segkit import augment, losses, memory
 from segkit.checkpoints import load_checkpoint
 from segkit.dataset import Data
-from segkit.devices import autocast, fast_dtype
+from segkit.devices import autocast
 from segkit.labels import mirrored_channels
+from segkit.networks import build_network, network_arguments, on_device, precision
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
 from segkit.slices import SliceBatch
-from segkit.unet import UNet2D
 
 
 class Learner:
@@ -29,18 +29,13 @@ class Learner:
     def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
         self.settings, self.ranks, self.label_map = settings, ranks, data.label_map
         self.partners = mirrored_channels(data.label_map)
-        self.dtype = fast_dtype(ranks.device)
         terms = losses.LOSSES[settings.loss]
         frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
-        self.shape_of_network = {
-            "in_channels": 2 * settings.context + 1,
-            "out_channels": len(data.label_map),
-            "features": list(settings.features),
-            "norm": settings.norm,
-        }
+        self.shape_of_network = network_arguments(settings, len(data.label_map))
         torch.manual_seed(settings.seed)
-        self.network = UNet2D(**self.shape_of_network)
+        self.network = build_network(**self.shape_of_network)
+        self.dtype = precision(self.network, ranks.device)
         if terms.helped:
             losses.start_bias(self.network.head, frequencies, weights)
         if fresh and settings.init_checkpoint is not None:
@@ -48,7 +43,7 @@ class Learner:
             if new and ranks.first:
                 print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
         model = losses.ModelWithLoss(self.network, weights.float(), terms)
-        self.model = model.to(ranks.device, memory_format=torch.channels_last)
+        self.model = on_device(model, ranks.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.learning_rate, fused=True)
         # gradients of float16 would vanish without; in the other precisions it does nothing
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
@@ -80,7 +75,7 @@ class Learner:
         if needed > self.parts:
             self.parts = needed
             if self.ranks.first:
-                print(memory.message(self.settings, slices, needed, "more than the memory holds"))
+                print(self._message(slices, needed, "more than the memory holds"))
         self.joined = self.ranks.joined(self.model)
         self.prepared = True
 
@@ -98,6 +93,14 @@ class Learner:
                 self.scaler.scale(self._loss(model, part, 0)).backward()
 
         return memory.probe(self.model, learn, len(batch), self.parts)
+
+    def _message(self, slices: int, parts: int, why: str) -> str:
+        partly = []
+        if any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in self.model.modules()):
+            partly.append("batch normalisation")
+        if self.model.terms.dice:
+            partly.append("the Dice term")
+        return memory.message(self.settings.batch_size, slices, parts, why, partly)
 
     def step(self, batch: SliceBatch, epoch: int, learning_rate: float) -> float:
         """One step of the optimiser on a batch of which this is the rank's share; the loss of the whole batch.
@@ -119,7 +122,7 @@ class Learner:
         if self.ranks.world == 1:
             parts = memory.halve_until_it_fits(learn, len(batch), self.parts)
             if parts > self.parts:
-                print(memory.message(self.settings, len(batch), parts, "the memory ran out"))
+                print(self._message(len(batch), parts, "the memory ran out"))
                 self.parts = parts
         else:
             learn(self.parts)
@@ -154,12 +157,13 @@ class Learner:
             return model(images.contiguous(memory_format=torch.channels_last), targets, number)
 
     def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
-        """How many (sample, channel, pixel) of a batch are annotated, after mirroring; on the device."""
+        """How many (slice that counts, channel, pixel) of a batch are annotated, after mirroring; on the device."""
         s, annotated = self.settings, batch.annotated
         if s.augmentation.flip_left_right:
             drawn = augment.draw(s.augmentation, s.seed, epoch, batch.numbers.tolist())
             _, annotated = augment.mirror_targets(batch.codebook, annotated, drawn.mirrored, self.partners)
-        return annotated.sum().to(self.ranks.device) * s.target_shape[0] * s.target_shape[1]
+        slices = (annotated * batch.counted.sum(1, keepdim=True)).sum()
+        return slices.to(self.ranks.device) * s.target_shape[0] * s.target_shape[1]
 
 
 def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:

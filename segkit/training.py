@@ -20,7 +20,8 @@ from segkit.record import make_record
 from segkit.runs import start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
-from segkit.slices import SliceDataset, batches, epoch_order
+from segkit.slabs import open_items, tiles
+from segkit.slices import batches, epoch_order
 from segkit.steps import Learner
 from segkit.subjects import Split
 from segkit.validation import as_row, validate
@@ -169,9 +170,9 @@ class _Trainer:
     def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
         self.data, self.settings, self.ranks = data, settings, ranks
         self.learner = Learner(data, settings, ranks, fresh)
-        self.train_slices = SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
-        self.val_slices = SliceDataset(data.staged, data.split.val, data.label_map, settings.context)
-        self.in_epoch = settings.slices_per_epoch or len(self.train_slices)
+        self.train_slices = open_items(data.staged, data.split.train, data.label_map, settings)
+        self.val_slices = open_items(data.staged, data.split.val, data.label_map, settings, tiles)
+        self.in_epoch = settings.slices_per_epoch or -(-len(self.train_slices) // settings.depth)
         self.history: History = []
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
@@ -247,7 +248,7 @@ class _Trainer:
     def _train(self, save: Callable[[], object], progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
-        order = epoch_order(len(self.train_slices), s.seed, epoch, s.slices_per_epoch, holds, s.balance)
+        order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
         loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each)
         self.learner.model.train()
         saved = time.monotonic()

@@ -43,10 +43,10 @@ def validate(
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> Validation:
-    """Score `slices` evenly spaced slices of `data` (all by default).
+    """Score `slices` evenly spaced items of `data` (all by default): slices, or slabs that tile them.
 
+    `batch_size` slices at a time, of slabs at least one: their logits take more room than what is learned from.
     Several `ranks` share them and put their counts together: each gets what one process would get.
-
     Positive weights raise a model's probabilities, by how much depends on how far it has learned; so the threshold is
     not assumed but chosen here, on validation subjects. Counts are summed per subject and structure before any ratio.
     """
@@ -57,16 +57,18 @@ def validate(
     counts = torch.zeros(len(THRESHOLDS), len(subjects), 3, len(data.label_map), dtype=torch.int64, device=device)
     loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
-    loader = batches(data, order, batch_size, workers, share=ranks.share_whole)
+    loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole)
     for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
         images, targets = augment.to_network(batch.to(device), target_shape)
         with autocast(device, dtype):
             features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
             logits = model.network.head(features).float()
+        targets, features, logits = targets.by_slice(features, logits)
         size = int(losses.annotated_number(targets))
         mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
         loss += torch.tensor([float(mean) * size, size], dtype=torch.float64)
-        for position, of_slice in zip(batch.numbers.tolist(), count_slices(logits, targets), strict=True):
+        positions = batch.numbers.repeat_interleave(batch.counted.sum(1)).tolist()
+        for position, of_slice in zip(positions, count_slices(logits, targets), strict=True):
             counts[:, subjects[data.where[order[position]][0]]] += of_slice
     table, (loss, number) = ranks.sum(counts).cpu().numpy(), ranks.sum(loss).tolist()
     best, thresholds = choose_thresholds(table)

@@ -162,7 +162,7 @@ def test_a_test_set_that_holds_nothing_has_no_score_and_says_so(tmp_path):
     from segkit.report import Report, headline
 
     scores = score_subject("s0", "test", volume_of(prostate=[0, 0]), volume_of(prostate=[0, 1]))
-    summary = Report(scores, "test", tmp_path).summary(scores, tmp_path / "x.pth")
+    summary = Report(scores, "test", tmp_path).summary(scores, [tmp_path / "x.pth"])
     assert summary["prediction"]["macro_dice"] is None and "macro Dice no score" in headline(summary)
 
 

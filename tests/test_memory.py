@@ -21,8 +21,8 @@ SETTINGS = TrainSettings(
 
 
 def test_the_message_says_what_is_not_the_same():
-    assert "the result is the same." in memory.message(SETTINGS, 8, 2, "why")
-    both = memory.message(replace(SETTINGS, norm="batch", loss="bce_dice"), 8, 4, "why")
+    assert "the result is the same." in memory.message(8, 8, 2, "why", [])
+    both = memory.message(8, 8, 4, "why", ["batch normalisation", "the Dice term"])
     assert "but batch normalisation and the Dice term see one part at a time" in both
     assert "BATCH_SIZE = 8: why; each batch is computed in 4 parts of at most 2 slices" in both
 
@@ -160,7 +160,7 @@ def test_float16_scales_its_gradients(phantom_data, tmp_path, monkeypatch):
     """Older GPUs: without a scale the gradients of float16 vanish; its state goes on with a resumed training."""
     from segkit import steps
 
-    monkeypatch.setattr(steps, "fast_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(steps, "precision", lambda model, device: torch.float16)
     training.train(phantom_data, SETTINGS, tmp_path, progress=False)
     state = load_state(tmp_path / "last_state.pth")
     assert state.learner["scaler"]["scale"] >= 1 and state.learner["scaler"]["_growth_tracker"] >= 1

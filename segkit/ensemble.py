@@ -1,0 +1,87 @@
+"""Ensembles: several seeds trained one after the other on one split, by one call; `inference` averages them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from segkit.dataset import Data
+from segkit.errors import SegkitError
+from segkit.ranks import Ranks, join_ranks
+from segkit.runs import member_folder, member_folders, start_run, write_json
+from segkit.settings import TrainSettings
+from segkit.training import STATE_FILE, History, train
+
+Watch = Callable[[Path], Callable[[History], object]]
+"""Given where the picture of a training's history goes, what is called with the history after each epoch."""
+
+
+def train_members(
+    data: Data,
+    settings: TrainSettings,
+    output_dir: str | Path,
+    members: int = 1,
+    watch: Watch | None = None,
+    progress: bool = True,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> list[History]:
+    """Train `members` networks with the seeds SEED, SEED + 1, ...; their histories, of an interrupted one the last.
+
+    One is `training.train` into `output_dir`. Of several each is a training of its own in `output_dir`/member_1 and so
+    on, all on the split of `data`, which stands in `output_dir` beside label_map.json: what opens a run there
+    (`dataset.open_run`, `checkpoints.load_checkpoints`) finds the ensemble. Files of an older run in `output_dir` move
+    away first. With `resume` members go on where they stopped, and those that are missing are trained.
+
+    Raises SegkitError as `training.train` does, for MEMBERS below 1, and to resume with fewer than there are.
+    """
+    if not isinstance(members, int) or isinstance(members, bool) or members < 1:
+        raise SegkitError(f"MEMBERS = {members!r}: expected a whole number of 1 or more")
+    settings, output_dir = settings.checked(), Path(output_dir)
+    ranks = ranks or join_ranks(settings.device)
+    there = len(member_folders(output_dir)) if resume else 0
+    if there > members or (there and members == 1):
+        raise SegkitError(
+            f"{output_dir}: holds {there} members, MEMBERS = {members}: give as many or more, and 2 at least, or set "
+            "RESUME = False"
+        )
+    if members == 1:
+        return [train(data, settings, output_dir, _watching(watch, output_dir), progress, resume, ranks)]
+    if resume and (output_dir / STATE_FILE).is_file():
+        raise SegkitError(
+            f"{output_dir}: holds the training of one network, MEMBERS = {members}: set MEMBERS = 1, or RESUME = False"
+        )
+    ranks.wait()  # all have looked for members before the first one may make new ones
+    if not there and ranks.first:
+        _start(data, settings, output_dir)
+    ranks.wait()
+    histories = []
+    for number in range(1, members + 1):
+        if progress and ranks.first:
+            print(f"member {number} of {members}, seed {settings.seed + number - 1}", flush=True)
+        folder = member_folder(output_dir, number)
+        own = replace(settings, seed=settings.seed + number - 1)
+        histories.append(train(data, own, folder, _watching(watch, folder), progress, resume, ranks))
+        if not histories[-1] or histories[-1][-1].get("interrupted"):
+            break
+    return histories
+
+
+def _watching(watch: Watch | None, folder: Path) -> Callable[[History], object] | None:
+    return None if watch is None else watch(folder / "training_history.png")
+
+
+def _start(data: Data, settings: TrainSettings, output_dir: Path) -> None:
+    """Make the folder of an ensemble. What stops every member stops it here, before an older run moves away."""
+    first = settings.init_checkpoint and Path(settings.init_checkpoint).resolve()
+    moving = [output_dir.resolve(), *(folder.resolve() for folder in member_folders(output_dir))]
+    if first and first.parent in moving:
+        raise SegkitError(
+            f"INIT_CHECKPOINT {first}: the files of {output_dir} move to its runs/ when an ensemble starts there: "
+            "choose another OUTPUT_DIR"
+        )
+    start_run(output_dir)
+    write_json(output_dir / "label_map.json", data.label_map)
+    write_json(output_dir / "split.json", data.split_to_json())
+    write_json(output_dir / "settings.json", asdict(settings))
