@@ -39,8 +39,9 @@ The files in the order in which data walk through them; each imports only from t
     evaluation.py    one tidy table: a row a subject and structure
     figures.py       curves, overlays, distributions, rankings
     meshes.py        codes -> meshes in mm -> one HTML page
-    interactive.py   what lives in a notebook: the growing curve, the slice browser
     report.py        the files of an evaluation
+    progress.py      what a person watches while a network learns
+    interactive.py   what lives in a notebook: progress as it grows, the slice browser
     check.py         whether the installation works
     demo.py          both notebooks on phantoms, headless
     __main__.py      python -m segkit VERB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,9 +130,10 @@ def train(
         members: train an ensemble of so many, with the seeds SEED, SEED + 1, ..., into member_1/ and so on.
         resume: go on with the interrupted or killed training in the output folder.
     """
-    from segkit import ensemble, figures
+    from segkit import ensemble
     from segkit.dataset import open_data, phantoms_in
     from segkit.networks import check_installed
+    from segkit.progress import Progress
     from segkit.ranks import join_ranks, leave_ranks
 
     settings = (settings if augment else replace(settings, augmentation=NO_AUGMENTATION)).checked()
@@ -148,8 +148,8 @@ def train(
     if ranks.first:
         _report(data.problems)
 
-    def watch(path: Path) -> Callable[[list[dict]], object]:
-        return lambda history: figures.save_figure(path, figures.plot_history(history))
+    def watch(folder: Path) -> Progress:
+        return Progress(data, folder, settings.device)
 
     history = ensemble.train_members(data, settings, output_dir, members, watch, resume=resume, ranks=ranks)[-1]
     leave_ranks(ranks)

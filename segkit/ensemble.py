@@ -14,7 +14,7 @@ from segkit.settings import TrainSettings
 from segkit.training import STATE_FILE, History, train
 
 Watch = Callable[[Path], Callable[[History], object]]
-"""Given where the picture of a training's history goes, what is called with the history after each epoch."""
+"""Given the folder of a training, what is called with its history after each epoch."""
 
 
 def train_members(
@@ -69,7 +69,7 @@ def train_members(
 
 
 def _watching(watch: Watch | None, folder: Path) -> Callable[[History], object] | None:
-    return None if watch is None else watch(folder / "training_history.png")
+    return None if watch is None else watch(folder)
 
 
 def _start(data: Data, settings: TrainSettings, output_dir: Path) -> None:

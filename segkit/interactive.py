@@ -1,4 +1,4 @@
-"""What lives in a notebook only: the training curve that grows, and the slice browser."""
+"""What lives in a notebook only: the progress of a training as it grows, and the slice browser."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from pathlib import Path
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import IFrame, display
+from IPython.display import DisplayHandle, IFrame, display
 from matplotlib.figure import Figure
 
 from segkit.codes import CodeVolume
-from segkit.figures import occurring, overlay, plot_history, save_figure, show_slice
+from segkit.figures import occurring, overlay, show_slice
+from segkit.progress import Progress, worst_structures
 
 
-class LiveHistory:
-    """Draws the training history after each epoch: into one picture in the notebook, and into a PNG file.
+class LiveProgress:
+    """Shows what `segkit.progress.Progress` draws after each epoch, and the worst structures, always in one place.
 
     Give it to `segkit.training.train` as `on_epoch`.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._display = None
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self._displays: list[DisplayHandle] = []
 
     def __call__(self, history: Sequence[Mapping]) -> None:
-        figure = plot_history(history)
-        save_figure(self.path, figure)
-        if self._display is None:
-            self._display = display(figure, display_id=True)
+        curves, samples = self.progress(history)
+        shown = (curves, worst_structures(history).style.format(precision=3), samples)
+        if self._displays:
+            for place, content in zip(self._displays, shown, strict=True):
+                place.update(content)
         else:
-            self._display.update(figure)
-        plt.close(figure)
+            self._displays = [display(content, display_id=True) for content in shown]
+        for figure in (curves, samples):
+            plt.close(figure)
 
 
 def show_page(page: Path, height: int = 700) -> IFrame:

@@ -18,6 +18,7 @@ RUN_FILES = (
     "split.json",
     "settings.json",
     "training_history.*",
+    "sample_predictions.png",
     "evaluation_*",
     "metrics_distribution_*.png",
     "structure_ranking_*.png",

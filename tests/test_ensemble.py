@@ -116,8 +116,8 @@ def trained(few, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
     watched = []
 
-    def watch(path):
-        return lambda history: watched.append((path, len(history)))
+    def watch(folder):
+        return lambda history: watched.append((folder, len(history)))
 
     histories = train_members(few, replace(SETTINGS, seed=3), folder, 2, watch, progress=False)
     return folder, histories, watched
@@ -126,7 +126,7 @@ def trained(few, tmp_path_factory):
 def test_members_are_trainings_of_their_seed_on_one_split_and_are_found_as_one_run(few, trained, tmp_path):
     folder, histories, watched = trained
     assert [len(history) for history in histories] == [1, 1]
-    assert watched == [(folder / f"member_{n}" / "training_history.png", 1) for n in (1, 2)]
+    assert watched == [(folder / f"member_{n}", 1) for n in (1, 2)]
     train(few, replace(SETTINGS, seed=4), tmp_path, progress=False)
     assert torch.equal(head_of(folder / "member_2"), head_of(tmp_path))
     splits = [json.loads((each / "split.json").read_text()) for each in (folder, *folder.glob("member_*"))]

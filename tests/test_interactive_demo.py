@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit import check, demo, interactive
+from segkit import check, demo, interactive, progress, training
 from segkit.codes import encode
 from segkit.errors import SegkitError
 from segkit.labels import rgb_of
+from segkit.settings import TrainSettings
 
 
 def volume_of(**masks):
@@ -48,14 +49,43 @@ def test_the_slice_browser_follows_its_controls():
     assert not has_color(picture.value, "aorta")
 
 
-def test_the_live_history_saves_after_each_epoch(tmp_path):
-    live = interactive.LiveHistory(tmp_path / "training_history.png")
-    rows = [{"epoch": e, "train_loss": 1.0, "val_loss": 1.0, "val_dice": 0.1 * e} for e in (1, 2)]
-    sizes = []
-    for epochs in (rows[:1], rows):
-        live(epochs)
-        sizes.append((tmp_path / "training_history.png").read_bytes())
-    assert sizes[0] != sizes[1] and not plt.get_fignums()
+def test_progress_is_drawn_after_each_epoch_and_shown_in_one_place(phantom_data, tmp_path, monkeypatch):
+    shown, pictures = [], []
+
+    class Place:
+        def __init__(self, content):
+            shown.append(content)
+
+        def update(self, content):
+            shown.append(content)
+
+    monkeypatch.setattr(interactive, "display", lambda content, display_id: Place(content))
+    live = interactive.LiveProgress(progress.Progress(phantom_data, tmp_path, "cpu", slices=2))
+
+    def watch(history):
+        live(history)
+        pictures.append(
+            [(tmp_path / f"{name}.png").read_bytes() for name in ("training_history", "sample_predictions")]
+        )
+
+    settings = TrainSettings(
+        epochs=2, target_shape=(32, 32), features=(4, 8), slices_per_epoch=8, validation_slices=6, device="cpu"
+    )
+    training.train(phantom_data, settings, tmp_path, watch, progress=False)
+    assert len(shown) == 6 and "worst structures" in shown[4].to_html()
+    assert all(before != after for before, after in zip(*pictures, strict=True)) and not plt.get_fignums()
+
+
+def test_the_worst_structures_of_the_last_epoch_come_first():
+    rows = [
+        {"epoch": 1, "val_dice_of": {"liver": 0.5, "aorta": 0.1, "spleen": 0.3}},
+        {"epoch": 2, "val_dice_of": {"liver": 0.2, "aorta": 0.6, "spleen": 0.4}},
+        {"epoch": 3, "val_dice_of": {}},  # interrupted
+    ]
+    table = progress.worst_structures(rows, count=2)
+    assert list(table.index) == ["liver", "spleen"] and list(table.columns) == ["epoch 1", "epoch 2"]
+    assert table.loc["liver"].tolist() == [0.5, 0.2]
+    assert progress.worst_structures(rows[2:]).empty
 
 
 def test_a_page_is_shown_from_its_file_beside_the_notebook(tmp_path, monkeypatch):

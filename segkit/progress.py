@@ -1,0 +1,64 @@
+"""What a person watches while a network learns: the curves, the worst structures, predictions beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from segkit import figures
+from segkit.checkpoints import Checkpoint, load_checkpoint
+from segkit.dataset import Data
+from segkit.inference import Predictor
+from segkit.report import spread_slices
+
+
+class Progress:
+    """Call it with the history after each epoch of the training in `folder`; it draws two pictures there.
+
+    training_history.png: loss and validation Dice. sample_predictions.png: `slices` slices of the first validation
+    subject beside their ground truth, by the checkpoint of the epoch.
+    """
+
+    def __init__(self, data: Data, folder: str | Path, device: str | None = None, slices: int = 3):
+        self.data, self.folder, self.device, self.slices = data, Path(folder), device, slices
+
+    def __call__(self, history: Sequence[Mapping]) -> tuple[Figure, Figure]:
+        curves = figures.plot_history(history)
+        figures.save_figure(self.folder / "training_history.png", curves)
+        newest = load_checkpoint(self.folder / f"checkpoint_epoch{history[-1]['epoch']}.pth")
+        samples = sample_predictions(self.data, [newest], self.device, self.slices)
+        figures.save_figure(self.folder / "sample_predictions.png", samples)
+        return curves, samples
+
+
+def sample_predictions(
+    data: Data, checkpoints: Sequence[Checkpoint], device: str | None = None, slices: int = 3
+) -> Figure:
+    """Slices of the first validation subject on its own grid: CT, ground truth, prediction, difference."""
+    part = data.split.val[0]
+    subject, predictor = data.staged[part.subject], Predictor.of(checkpoints, device=device)
+    chosen = spread_slices(subject.labels(), part, slices)
+    predicted = predictor.predict_slices(subject, chosen)
+    samples = [
+        (f"{subject.name}, slice {z}", subject.hu(z), subject.labels(z), predicted[z], subject.spacing_mm[1:])
+        for z in chosen
+    ]
+    return figures.plot_predictions(
+        samples, f"{subject.name} (val split), {', '.join(c.path.name for c in checkpoints)}"
+    )
+
+
+def worst_structures(history: Sequence[Mapping], count: int = 8, epochs: int = 6) -> pd.DataFrame:
+    """Validation Dice of the `count` structures that are worst after the last scored epoch, over the last epochs.
+
+    A row a structure, the worst first, a column an epoch. On the network's grid, at the common threshold of each
+    epoch (`val_threshold`); structures that no validation subject holds have no row. Without a scored epoch: empty.
+    """
+    scored = [row for row in history if row["val_dice_of"]][-epochs:]
+    table = pd.DataFrame({f"epoch {row['epoch']}": row["val_dice_of"] for row in scored})
+    if scored:
+        table = table.sort_values(table.columns[-1], kind="stable").head(count)
+    return table.rename_axis("worst structures")
