@@ -177,7 +177,8 @@ def test_the_verbs_train_and_evaluate_an_ensemble(phantom_data, phantom_dir, tmp
         monkeypatch.setattr(sys, "argv", ["segkit", *map(str, arguments), *more])
         __main__.main()
 
-    verb("train", phantom_dir, "--structures", "liver", "aorta", "--members", 2, "--epochs", 1, "--target-shape", 32, 32, "--features", 4, 8,
+    verb("train", phantom_dir, "--structures", "liver", "aorta", "--members", 2, "--epochs", 1,
+         "--target-shape", 32, 32, "--features", 4, 8,
          "--slices-per-epoch", 4, "--validation-slices", 4)  # fmt: skip
     verb("evaluate", "--max-subjects", 1)
     summary = json.loads(next(tmp_path.glob("evaluation_summary_*.json")).read_text())
