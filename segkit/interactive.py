@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import DisplayHandle, IFrame, display
 from matplotlib.figure import Figure
@@ -36,8 +35,6 @@ class LiveProgress:
                 place.update(content)
         else:
             self._displays = [display(content, display_id=True) for content in shown]
-        for figure in (curves, samples):
-            plt.close(figure)
 
 
 def show_page(page: Path, height: int = 700) -> IFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -31,6 +32,8 @@ class Progress:
         newest = load_checkpoint(self.folder / f"checkpoint_epoch{history[-1]['epoch']}.pth")
         samples = sample_predictions(self.data, [newest], self.device, self.slices)
         figures.save_figure(self.folder / "sample_predictions.png", samples)
+        for figure in (curves, samples):
+            plt.close(figure)  # a shell's training may draw hundreds
         return curves, samples
 
 

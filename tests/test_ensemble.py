@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -177,6 +178,7 @@ def test_the_verbs_train_and_evaluate_an_ensemble(phantom_data, phantom_dir, tmp
         more = ["--output-dir", str(tmp_path), "--stage-dir", str(stage_dir), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["segkit", *map(str, arguments), *more])
         __main__.main()
+        plt.close("all")  # a shell's process ends here
 
     verb("train", phantom_dir, "--structures", "liver", "aorta", "--members", 2, "--epochs", 1,
          "--target-shape", 32, 32, "--features", 4, 8, "--slices-per-epoch", 4, "--validation-slices", 4)  # fmt: skip
