@@ -27,7 +27,8 @@ BASE = TrainSettings(
 )
 VARIANTS = {
     "base": {},
-    "textbook": {"loss": "textbook", "balance": 0.0, "augmentation": NO_AUGMENTATION},
+    "textbook": {"loss": "textbook", "norm": "batch", "balance": 0.0, "augmentation": NO_AUGMENTATION},
+    "batch normalisation": {"norm": "batch"},
     "plain BCE": {"positive_weight_cap": 1.0},
     "unbalanced": {"balance": 0.0},
     "half balanced": {"balance": 0.5},

@@ -1,6 +1,6 @@
 """What missing masks cost: a data set in which half of the training subjects lack half of the structures.
 
-usage: python benchmarks/partial_annotation.py DATA_DIR WORK_DIR [--steps 700] [--seeds 3]
+usage: python benchmarks/partial_annotation.py DATA_DIR WORK_DIR [--steps 700] [--seeds 3] [--groups organs ...]
 
 Trains with all masks and without those, alike, and scores the unseen subjects on the structures that were left out.
 What a structure without a file means: it was not annotated, so nothing is learned from that subject about it.
@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 
 from segkit import evaluation, training
-from segkit.checkpoints import best_checkpoint, load_checkpoint
+from segkit.checkpoints import load_checkpoints
 from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
+from segkit.labels import group_of, official_names
 from segkit.settings import TrainSettings
 
 
@@ -27,12 +28,14 @@ def main() -> None:
     parser.add_argument("work_dir", type=Path, help="for the copy and both stores")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--groups", nargs="*", help="train on the structures of these groups only")
     chosen = parser.parse_args()
-    whole = open_data(chosen.data_dir, chosen.work_dir / "staged", progress=False)
+    names = [name for name in official_names("v2") if group_of(name) in chosen.groups] if chosen.groups else None
+    whole = open_data(chosen.data_dir, chosen.work_dir / "staged", structures=names, progress=False)
     lacking = sorted(whole.label_map)[::2]
     train = [part.subject for part in whole.split.train]
     folder = without_masks(chosen.data_dir, chosen.work_dir / "half", train[::2], lacking)
-    half = open_data(folder, chosen.work_dir / "staged_half", progress=False)
+    half = open_data(folder, chosen.work_dir / "staged_half", structures=names, progress=False)
     print(
         f"{len(train[::2])} of {len(train)} training subjects lack {len(lacking)} of {len(whole.label_map)} structures"
     )
@@ -65,8 +68,7 @@ def dice_of(data: Data, structures: list[str], steps: int, seed: int) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         training.train(data, settings, folder, progress=False)
-        best = load_checkpoint(best_checkpoint(folder))
-    predictor = Predictor(best.model, best.label_map, best.target_shape, best.thresholds)
+        predictor = Predictor.of(load_checkpoints(folder))
     scores = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
     table = evaluation.per_structure(scores).set_index("structure")
     return float(table.loc[structures, "dice"].mean())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks this small gain nothing from more threads
+
 import matplotlib
 import nibabel as nib
 import numpy as np
