@@ -6,7 +6,7 @@ usage: python benchmarks/training_step.py [--size 256 256] [--batch 8] [--rounds
 Batch 8 of 256 x 256, 117 structures, features 32-64-128-256 and a bottleneck of 512 for every side:
 
 - segkit as it trains: the fast precision of the device, channels_last, the chunked head, fused Adam.
-- textbook: float32, a one-hot target made from the codes in each step, BCEWithLogitsLoss, Adam.
+- textbook: float32, batch normalisation, a one-hot target made from the codes in each step, BCEWithLogitsLoss, Adam.
 - nnU-Net: its PlainConvUNet with instance normalisation, leaky ReLU and deep supervision, and its default loss, soft
   Dice of the batch + cross-entropy over 118 labels at every resolution, halved from one to the next, with the lowest
   left out (Isensee et al. 2021, https://doi.org/10.1038/s41592-020-01008-z; the loss is written here from that
@@ -37,13 +37,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkit import augment, training
+from segkit import augment
 from segkit.dataset import open_data
 from segkit.devices import autocast, fast_dtype, pick_device
 from segkit.losses import ModelWithLoss
 from segkit.phantom import write_phantoms
+from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
-from segkit.slices import Targets, batches, epoch_order
+from segkit.slices import SliceDataset, Targets, batches, epoch_order
+from segkit.steps import Learner
 from segkit.unet import UNet2D
 
 STRUCTURES = 117
@@ -155,7 +157,7 @@ def learn(model: ModelWithLoss, optimizer: torch.optim.Optimizer, images: torch.
 
 def textbook_step(chosen: argparse.Namespace, device: torch.device) -> Step:
     images, targets = random_batch(chosen, device)
-    network = UNet2D(1, STRUCTURES, FEATURES).to(device)
+    network = UNet2D(1, STRUCTURES, FEATURES, norm="batch").to(device)
     criterion, optimizer = nn.BCEWithLogitsLoss(), torch.optim.Adam(network.parameters(), 1e-3)
 
     def step() -> float:
@@ -244,14 +246,14 @@ def compare_loader(chosen: argparse.Namespace, device: torch.device) -> None:
         settings = TrainSettings(
             target_shape=tuple(chosen.size), batch_size=chosen.batch, features=FEATURES, device=chosen.device
         )
-        trainer = training._Trainer(data, settings.checked())
-        count = chosen.batch * (chosen.rounds + 2)
-        order = epoch_order(len(trainer.train_slices), 0, 1, count, trainer.train_slices.holds, settings.balance)
-        loader = iter(batches(trainer.train_slices, order, chosen.batch, settings.workers))
+        learner = Learner(data, settings.checked(), Ranks(device))
+        slices = SliceDataset(data.staged, data.split.train, data.label_map)
+        order = epoch_order(len(slices), 0, 1, chosen.batch * (chosen.rounds + 2), slices.holds, settings.balance)
+        loader = iter(batches(slices, order, chosen.batch, settings.workers))
         fixed = augment.to_network(next(loader).to(device), settings.target_shape)
         sides = {
-            "read": lambda: trainer._step(next(loader), 1),
-            "fixed": lambda: learn(trainer.model, trainer.optimizer, *fixed),
+            "read": lambda: learner.step(next(loader), 1, settings.learning_rate),
+            "fixed": lambda: learn(learner.model, learner.optimizer, *fixed),
         }
         seconds = in_turns(sides, chosen.rounds, device)
     print(

@@ -210,7 +210,8 @@ def evaluate(
 
 def demo(
     output_dir: Path = OUTPUTS,
-    epochs: int = 10,
+    epochs: int = 8,
+    slices_per_epoch: int = 4000,
     target_shape: tuple[int, int] = (64, 96),
     features: tuple[int, ...] = (16, 32, 64, 128),
     learning_rate: float = 2e-3,
@@ -220,6 +221,7 @@ def demo(
     Args:
         output_dir: where everything lands.
         epochs: of the training notebook.
+        slices_per_epoch: of the training notebook; twice as many as there are: validation takes less of the time.
         target_shape: smaller than the notebook's own and as wide as bodies are, so that two cores do it in minutes.
         features: half as wide as the notebook's own: more steps in the same time.
         learning_rate: of the training notebook.
@@ -230,6 +232,7 @@ def demo(
         output_dir,
         {
             "EPOCHS": epochs,
+            "SLICES_PER_EPOCH": slices_per_epoch,
             "TARGET_SHAPE": list(target_shape),
             "FEATURES": list(features),
             "LEARNING_RATE": learning_rate,
