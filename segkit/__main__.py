@@ -153,7 +153,7 @@ def train(
 
     history = ensemble.train_members(data, settings, output_dir, members, watch, resume=resume, ranks=ranks)[-1]
     leave_ranks(ranks)
-    if not history or history[-1].get("interrupted"):
+    if history.interrupted:
         sys.exit(130)  # what a shell expects of an interrupted command: nothing that needs the model follows
 
 

@@ -15,8 +15,10 @@ from segkit.errors import SegkitError
 from segkit.labels import check_label_map
 from segkit.networks import build_network
 from segkit.runs import member_folders, write_whole
+from segkit.settings import check_target_shape
 
-FORMAT = 1
+FORMAT = 2
+UNSCORED = -1.0  # in the place of a Dice, below every Dice
 _FIELDS = {"epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "weights": dict}
 
 
@@ -45,11 +47,12 @@ class Checkpoint:
         """
         own, wanted = self.model.state_dict(), network.state_dict()
         body = [name for name in wanted if not name.startswith("head.")]
-        unlike = [name for name in body if name not in own or own[name].shape != wanted[name].shape]
-        same_kind = type(self.model) is type(network)
-        if not same_kind or unlike or own["head.weight"].shape[1:] != wanted["head.weight"].shape[1:]:
+        same_kind = type(self.model) is type(network) and own.keys() == wanted.keys()
+        unlike = not same_kind or [name for name in body if own[name].shape != wanted[name].shape]
+        if unlike or own["head.weight"].shape[1:] != wanted["head.weight"].shape[1:]:
             raise SegkitError(
-                f"INIT_CHECKPOINT {self.path}: another network: expected MODEL, FEATURES and CONTEXT of {self.network}"
+                f"INIT_CHECKPOINT {self.path}: another network: expected MODEL, FEATURES, NORM and CONTEXT of "
+                f"{self.network}"
             )
         shared = [name for name in label_map if name in self.label_map]
         for name in body:
@@ -96,8 +99,11 @@ def _read(path: Path, what: str) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SegkitError(f"{path}: no readable {what} ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SegkitError(f"{path}: no {what} of segkit: expected format {FORMAT}")
+    stated = content.get("format") if isinstance(content, dict) else None
+    if type(stated) is not int or stated != FORMAT:
+        raise SegkitError(
+            f"{path}: no {what} of this segkit: expected format {FORMAT}, found {str(stated)[:40]}; train again"
+        )
     return content
 
 
@@ -116,8 +122,13 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
             )
     own_map = check_label_map(content["label_map"], f"{path} (label map)")
     chosen = content["scores"].get("thresholds") or [0.5] * len(own_map)
-    if len(chosen) != len(own_map) or not all(isinstance(value, float) and 0 < value < 1 for value in chosen):
+    usable = isinstance(chosen, list) and all(isinstance(value, float) and 0 < value < 1 for value in chosen)
+    if not usable or len(chosen) != len(own_map):
         raise SegkitError(f"{path}: damaged checkpoint: expected a threshold for each of {len(own_map)} structures")
+    try:
+        check_target_shape(content["settings"].get("target_shape"), 1)
+    except SegkitError as error:
+        raise SegkitError(f"{path}: damaged checkpoint: {error}") from error
     if label_map is not None and dict(label_map) != own_map:
         raise SegkitError(f"{path}: trained with another label map: {_difference(own_map, dict(label_map))}")
     network = content["network"]
@@ -157,7 +168,9 @@ def load_state(path: Path) -> TrainingState:
         state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
     except KeyError as error:
         raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
-    if not isinstance(state.history, list) or not isinstance(state.place, int) or not isinstance(state.learner, dict):
+    parts_of_learner = set(state.learner) if isinstance(state.learner, dict) else set()
+    whole = parts_of_learner == {"model", "optimizer", "scaler", "parts"}
+    if not isinstance(state.history, list) or not isinstance(state.place, int) or not whole:
         raise SegkitError(f"{path}: damaged state of a training; set RESUME = False")
     return state
 
@@ -168,7 +181,10 @@ def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Modu
             model = build_network(**network)
         if network["out_channels"] != channels:
             raise ValueError(f"{network['out_channels']} output channels for {channels} structures")
+        kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.load_state_dict(weights, strict=True, assign=True)
+        if {name: tensor.dtype for name, tensor in model.state_dict().items()} != kinds:
+            raise ValueError("weights of another type than float32")
     except SegkitError as error:
         raise SegkitError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError) as error:
@@ -190,9 +206,9 @@ def _difference(own: dict[str, int], wanted: dict[str, int]) -> str:
 def best_checkpoint(output_dir: str | Path) -> Path:
     """The checkpoint with the highest validation Dice in `training_history.json`; of an ensemble, of any member.
 
-    Raises SegkitError if the folder, or that of a member, holds no finished epoch.
+    Raises SegkitError if the folder holds no epoch.
     """
-    return max(_best(folder) for folder in member_folders(output_dir) or [Path(output_dir)])[1]
+    return max(_best(folder) for folder in _trainings(Path(output_dir)))[1]
 
 
 def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = None) -> list[Checkpoint]:
@@ -201,15 +217,30 @@ def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = N
     """
     if not Path(source).is_dir():
         return [load_checkpoint(source, label_map)]
-    paths = [_best(folder)[1] for folder in member_folders(source) or [Path(source)]]
-    return [load_checkpoint(path, label_map) for path in paths]
+    return [load_checkpoint(_best(folder)[1], label_map) for folder in _trainings(Path(source))]
+
+
+def _trainings(run: Path) -> list[Path]:
+    """The folders of a run's trainings: `run` itself, or of an ensemble the members that have scored an epoch."""
+    members = member_folders(run)
+    scored = [folder for folder in members if _is_scored(folder)]
+    if scored and len(scored) < len(members):
+        print(f"{run}: {len(members) - len(scored)} of {len(members)} members have no finished epoch: left out")
+    return scored or members or [run]
+
+
+def _is_scored(folder: Path) -> bool:
+    try:
+        return _best(folder)[0] != UNSCORED
+    except SegkitError:
+        return False
 
 
 def _best(folder: Path) -> tuple[float, Path]:
     """The highest validation Dice of a training, and its checkpoint."""
     try:
         history = json.loads((folder / "training_history.json").read_text(encoding="utf-8"))
-        epochs = [(row["val_dice"] or 0.0, row["epoch"]) for row in history["epochs"]]
+        epochs = [(UNSCORED if row["val_dice"] is None else row["val_dice"], row["epoch"]) for row in history["epochs"]]
     except FileNotFoundError as error:
         raise SegkitError(f"{folder}: no training_history.json: train first, or set CHECKPOINT to a file") from error
     except (ValueError, KeyError, TypeError) as error:

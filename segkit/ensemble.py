@@ -63,7 +63,7 @@ def train_members(
         folder = member_folder(output_dir, number)
         own = replace(settings, seed=settings.seed + number - 1)
         histories.append(train(data, own, folder, _watching(watch, folder), progress, resume, ranks))
-        if not histories[-1] or histories[-1][-1].get("interrupted"):
+        if histories[-1].interrupted:
             break
     return histories
 

@@ -1,17 +1,21 @@
-"""Ctrl-C and the stop button of a notebook, held back until a step is whole."""
+"""Ctrl-C and the stop button of a notebook, held back where something must become whole first."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Interrupts:
-    """Within `with`, an interrupt is noted (`asked`) instead of raised. A second one acts at once where `urgent`."""
+    """Within `with`, an interrupt is noted (`asked`) instead of raised: always, or only inside of `held()`.
 
-    def __init__(self, urgent: bool = True):
-        self.urgent = urgent
-        self.asked = False
+    Where it is not always held, a second interrupt acts at once.
+    """
+
+    def __init__(self, always: bool = False):
+        self.always, self.holding, self.asked = always, always, False
 
     def __enter__(self) -> Interrupts:
         # only the main thread may; elsewhere nobody can interrupt either
@@ -24,7 +28,16 @@ class Interrupts:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold interrupts back in the block; who runs it looks at `asked` where everything is whole."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = self.always
+
     def _note(self, *_: object) -> None:
-        if self.asked and self.urgent:
+        if not self.holding or (self.asked and not self.always):
             raise KeyboardInterrupt
         self.asked = True

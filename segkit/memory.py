@@ -23,12 +23,15 @@ convolutions come on top. Measured for the U-Net on a CPU: 0.9 to 1.1 in bfloat1
 def free_bytes(cgroups: Path = CGROUPS) -> int:
     """Memory that this process may still take: what the machine has available, or less in a container.
 
-    A container's limit is that of version 2 control groups (memory.max, memory.current), as Docker and Kubernetes set.
+    A container's limit is that of version 2 control groups, as Docker and Kubernetes set it: memory.max -
+    memory.current, to which the cache of files (memory.stat) comes back: it is given up where memory is asked for.
     """
     available = psutil.virtual_memory().available
     try:
         limit, used = ((cgroups / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(available, int(limit) - int(used))
+        parts = dict(line.split() for line in (cgroups / "memory.stat").read_text().splitlines())
+        cache = int(parts.get("inactive_file", 0)) + int(parts.get("active_file", 0))
+        return max(min(available, int(limit) - int(used) + cache), 0)
     except (OSError, ValueError):  # no such file system, or "max"
         return available
 
@@ -68,7 +71,10 @@ def halve_until_it_fits(attempt: Callable[[int], object], slices: int, parts: in
         try:
             attempt(parts)
             return parts
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # of CUDA an error of its own, of Apple's GPUs one of many
+            if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+                raise
             if parts >= slices:
                 raise SegkitError(
                     f"a single slice does not fit into the memory of the device ({str(error).splitlines()[0]}): "

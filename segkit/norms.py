@@ -27,7 +27,10 @@ class InstanceNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu":
             return _EachAlone.apply(x, self.weight, self.bias, self.eps)
-        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        # it gives back NCHW whatever came in, and the next convolution would be computed so
+        return y.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else y
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"

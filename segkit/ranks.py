@@ -81,6 +81,12 @@ class Ranks:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
+    def align(self, model: nn.Module) -> None:
+        """Give every rank the first one's buffers: statistics of batch normalisation are a rank's own until then."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """The first rank runs the block alone, then the others: what it made on disk is there for them."""

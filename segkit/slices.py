@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -70,6 +71,10 @@ class SliceBatch:
     def to(self, device: torch.device) -> SliceBatch:
         """The batch on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def pin_memory(self) -> SliceBatch:
+        """The batch in memory that a GPU reads by itself; what a DataLoader calls."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     def parts(self, count: int) -> list[SliceBatch]:
         """The batch in `count` parts of nearly equal size."""
@@ -231,5 +236,10 @@ def batches(
         batch_sampler=share(whole),
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_interrupts_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; a worker that dies of it loses a batch

@@ -64,7 +64,8 @@ class Learner:
         """Go on from a `state`."""
         self.network.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
-        self.scaler.load_state_dict(scaler)
+        if scaler:  # none where another device computed in another precision
+            self.scaler.load_state_dict(scaler)
         self.parts = max(parts, self.settings.accumulate)
 
     def prepare(self, batch: SliceBatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,8 +35,19 @@ RESUMABLE = ("epochs", "early_stopping", "accumulate", "init_checkpoint", "devic
 UNSCORED = {"val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None, "val_dice_of": {}}
 """The columns of `validation.as_row` of an epoch that was interrupted."""
 
-History = list[dict]
-"""One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds."""
+VALIDATION_BATCH = 8
+"""Slices scored at a time, at most: their dense logits take more room than what is learned from."""
+
+
+class History(list[dict]):
+    """One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds.
+
+    interrupted: whether the training was stopped before its end. An epoch that was not finished has a row, too.
+    """
+
+    def __init__(self, rows: Sequence[dict] = (), interrupted: bool = False):
+        super().__init__(rows)
+        self.interrupted = interrupted
 
 
 def train(
@@ -74,22 +85,25 @@ def train(
     files.begin(data, going_on)
     started, done_before = time.monotonic(), len(trainer.history)
     progress = progress and ranks.first
-    try:
-        while len(trainer.history) < settings.epochs and not should_stop(settings, trainer.history):
-            trainer.epoch(files.save_state, progress)
-            files.write_epoch(trainer.history)
-            files.save_state()
-            if progress:
-                done = len(trainer.history)
-                left = (time.monotonic() - started) / (done - done_before) * (settings.epochs - done)
-                print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
-            if on_epoch is not None and ranks.first:
-                on_epoch(trainer.history)
-    except KeyboardInterrupt:
-        return files.keep_interrupted()
+    # among several ranks a stop waits for the end of a step, wherever it comes: they must stay together
+    with Interrupts(always=ranks.world > 1) as interrupts:
+        try:
+            while len(trainer.history) < settings.epochs and not should_stop(settings, trainer.history):
+                trainer.epoch(files.save_state, interrupts, progress)
+                files.write_epoch(trainer.history)
+                files.save_state()
+                if progress:
+                    done = len(trainer.history)
+                    left = (time.monotonic() - started) / (done - done_before) * (settings.epochs - done)
+                    print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
+                if on_epoch is not None and ranks.first:
+                    on_epoch(History(trainer.history))
+        except KeyboardInterrupt:
+            with Interrupts(always=True):  # what is kept is kept whole, however impatient somebody is
+                return files.keep_interrupted()
     if progress and len(trainer.history) < settings.epochs:
         print(f"no better validation Dice for {settings.early_stopping} epochs: ended early")
-    return trainer.history
+    return History(trainer.history)
 
 
 def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
@@ -146,22 +160,18 @@ class _RunFiles:
         write_json(self.folder / "training_history.json", content)
 
     def keep_interrupted(self) -> History:
-        """Keep what an unfinished epoch has learned, in the state to resume and as a checkpoint without a score."""
-        trainer = self.trainer
-        if not trainer.seen:
-            if self.first:
-                print("interrupted before the first step of an epoch: nothing new to keep")
-            return trainer.history
-        self.save_state()
-        row = {**trainer.training_row(), **UNSCORED, "interrupted": True}
-        history = [*trainer.history, row]
-        self.write_epoch(history)
+        """Keep what was learned: in the state to resume, and an unfinished epoch as a checkpoint without a score."""
+        trainer, rows = self.trainer, self.trainer.history
+        if trainer.seen:
+            rows = [*rows, {**trainer.training_row(), **UNSCORED, "interrupted": True}]
+        if rows:  # the last epoch may have been stopped before it was written
+            self.write_epoch(rows)
+        if trainer.whole:  # else the older state stays: its weights are those of a whole step
+            self.save_state()
         if self.first:
-            print(
-                f"interrupted in epoch {row['epoch']} after {row['steps']} steps; its weights are kept, "
-                "RESUME = True goes on"
-            )
-        return history
+            where = f"in epoch {rows[-1]['epoch']} after {rows[-1]['steps']} steps" if rows else "before the first step"
+            print(f"interrupted {where}; what was learned is kept, RESUME = True goes on")
+        return History(rows, interrupted=True)
 
 
 class _Trainer:
@@ -176,6 +186,7 @@ class _Trainer:
         self.history: History = []
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
+        self.whole = True  # whether weights and counters are those of the same step
         self.seconds = 0.0  # that it took before this process
         self.started = time.monotonic()
         self.thresholds: tuple[float, ...] = ()  # of each channel, from the last validation
@@ -210,16 +221,19 @@ class _Trainer:
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
 
-    def epoch(self, save: Callable[[], object], progress: bool) -> None:
+    def epoch(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
         """Train what is left of the running epoch, validate, and add its row to the history.
 
-        `save` is called now and then, when a step is whole.
+        `save` is called now and then, when a step is whole. KeyboardInterrupt where `interrupts` asks for it.
         """
         self.started = time.monotonic() - self.seconds
-        self._train(save, progress)
+        with interrupts.held():
+            self._train(save, interrupts, progress)
         s = self.settings
+        self.ranks.align(self.learner.model)
         validation = validate(
-            self.learner.model, self.val_slices, s.target_shape, self.learner.dtype, s.batch_size,
+            self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
+            max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
             s.validation_slices, s.workers, progress, self.ranks,
         )  # fmt: skip
         row = self.training_row()
@@ -245,7 +259,7 @@ class _Trainer:
             self.settings, len(self.history) * in_epoch + step, self.settings.epochs * in_epoch, self.history
         )
 
-    def _train(self, save: Callable[[], object], progress: bool) -> None:
+    def _train(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
         order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
@@ -256,15 +270,16 @@ class _Trainer:
             loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress,
             initial=len(self.seen), total=len(self.seen) + len(loader),
         )  # fmt: skip
-        # alone, a second interrupt need not wait; among several the steps must stay together
-        with bar, Interrupts(urgent=self.ranks.world == 1) as interrupts:
+        with bar:
             for batch in bar:
                 if not self.learner.prepared:
                     self.learner.prepare(batch)
+                self.whole = False
                 loss = self.learner.step(batch, epoch, self._rate(len(self.seen)))
                 self._check(loss, order, epoch)
                 self.seen.append(loss)
                 self.place = min(self.place + s.batch_size, len(order))
+                self.whole = True
                 bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
                 if self.ranks.sum(torch.tensor(int(interrupts.asked))):
                     raise KeyboardInterrupt

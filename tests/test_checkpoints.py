@@ -55,7 +55,7 @@ class Payload:
 
 def test_a_pickle_payload_is_not_executed(tmp_path):
     for name, write in (("a.pth", torch.save), ("b.pth", lambda o, p: p.write_bytes(pickle.dumps(o)))):
-        write({"format": 1, "weights": Payload(tmp_path / "executed")}, tmp_path / name)
+        write({"format": 2, "weights": Payload(tmp_path / "executed")}, tmp_path / name)
         with pytest.raises(SegkitError, match=name.replace(".", r"\.")):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
@@ -131,3 +131,33 @@ def test_the_best_checkpoint_is_the_one_that_validated_best_and_is_there(tmp_pat
     (tmp_path / "training_history.json").write_text("[]")
     with pytest.raises(SegkitError, match="not a training history"):
         best_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": torch.tensor([2, 2])}, "no checkpoint of this segkit"),
+        ({"format": 1}, "expected format 2, found 1"),
+        ({"settings": {}}, "TARGET_SHAPE"),
+        ({"scores": {"thresholds": 3.0}}, "a threshold for each of 2 structures"),
+    ],
+)
+def test_a_field_that_is_not_what_it_should_be_is_named(saved, change, says):
+    content = torch.load(saved[0], weights_only=True)
+    torch.save({**content, **change}, saved[0])
+    with pytest.raises(SegkitError, match=rf"checkpoint_epoch3\.pth: .*{says}"):
+        load_checkpoint(saved[0])
+
+
+def test_weights_of_another_type_are_refused(saved):
+    content = torch.load(saved[0], weights_only=True)
+    content["weights"] = {name: tensor.double() for name, tensor in content["weights"].items()}
+    torch.save(content, saved[0])
+    with pytest.raises(SegkitError, match="weights of another type"):
+        load_checkpoint(saved[0])
+
+
+def test_another_normalisation_is_another_network(saved):
+    loaded = load_checkpoint(saved[0])
+    with pytest.raises(SegkitError, match="NORM"):
+        loaded.start_network(UNet2D(**NETWORK, norm="batch"), LABELS)

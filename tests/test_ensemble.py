@@ -186,3 +186,22 @@ def test_the_verbs_train_and_evaluate_an_ensemble(phantom_data, phantom_dir, tmp
     summary = json.loads(next(tmp_path.glob("evaluation_summary_*.json")).read_text())
     assert [path.split("/")[-2] for path in summary["checkpoints"]] == ["member_1", "member_2"]
     assert len(list(tmp_path.glob("member_*/training_history.png"))) == 2
+
+
+def test_a_stop_ends_the_ensemble_and_members_without_a_score_are_left_out(few, tmp_path, capsys):
+    def watch(folder):
+        def stop(history):
+            if folder.name == "member_2":
+                raise KeyboardInterrupt
+
+        return stop
+
+    histories = train_members(few, SETTINGS, tmp_path, 3, watch, progress=False)
+    assert [history.interrupted for history in histories] == [False, True] and not (tmp_path / "member_3").exists()
+    path = tmp_path / "member_2" / "training_history.json"
+    content = json.loads(path.read_text())
+    content["epochs"][-1]["val_dice"] = None  # as of one that was stopped within its first epoch
+    path.write_text(json.dumps(content))
+    (tmp_path / "member_3").mkdir()
+    assert [each.path.parent.name for each in load_checkpoints(tmp_path)] == ["member_1"]
+    assert "2 of 3 members have no finished epoch: left out" in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_a_state_that_is_none_is_named(tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(SegkitError, match=r"last_state\.pth: no readable state"):
         load_state(path)
-    torch.save({"format": 1, "settings": {}}, path)
+    torch.save({"format": 2, "settings": {}}, path)
     with pytest.raises(SegkitError, match=r"last_state\.pth: no state of a training"):
         load_state(path)
 
@@ -184,3 +184,50 @@ def test_a_batch_computed_in_parts_gives_the_same_training(phantom_data, tmp_pat
         assert learner.step(next(iter(batches(slices, [5, 60, 30, 90], 4))), 1, 1e-3) == pytest.approx(0.02, abs=0.5)
         weights.append(torch.cat([p.grad.flatten() for p in learner.model.parameters()]))
     assert torch.allclose(*weights, rtol=2e-2, atol=2e-2 * weights[0].abs().max())
+
+
+def test_a_stop_between_epochs_ends_the_training_and_loses_nothing(phantom_data, uninterrupted, tmp_path, monkeypatch):
+    """While an epoch's picture is drawn, and while its checkpoint is written: nothing is unfinished then."""
+
+    def stop(history):
+        assert not history.interrupted
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    history = train(phantom_data, SETTINGS, tmp_path / "drawn", stop, progress=False)
+    assert history.interrupted and len(history) == 2 and "interrupted" not in history[-1]
+    original, written = training.save_checkpoint, []
+
+    def stopping(*args):
+        written.append(args[0].name)
+        if written.count("checkpoint_epoch2.pth") == 1 and args[0].name == "checkpoint_epoch2.pth":
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_checkpoint", stopping)
+        assert len(train(phantom_data, SETTINGS, tmp_path / "written", progress=False)) == 2
+    for name in ("drawn", "written"):
+        assert same(weights_of(tmp_path / name, 2), weights_of(uninterrupted, 2))
+        assert not train(phantom_data, SETTINGS, tmp_path / name, progress=False, resume=True).interrupted
+        assert same(weights_of(tmp_path / name), weights_of(uninterrupted))
+
+
+def test_a_second_stop_within_a_step_leaves_a_state_that_is_whole(phantom_data, uninterrupted, tmp_path, monkeypatch):
+    done = []
+    original = steps.Learner._accumulate
+
+    def impatient(self, *args):
+        result = original(self, *args)
+        done.append(1)
+        if len(done) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps.Learner, "_accumulate", impatient)
+        assert train(phantom_data, SETTINGS, tmp_path, progress=False).interrupted
+    assert len(load_state(tmp_path / training.STATE_FILE).history) == 1
+    train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
+    assert same(weights_of(tmp_path), weights_of(uninterrupted))
