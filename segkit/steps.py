@@ -30,7 +30,7 @@ class Learner:
         self.settings, self.ranks, self.label_map = settings, ranks, data.label_map
         self.partners = mirrored_channels(data.label_map)
         terms = losses.LOSSES[settings.loss]
-        frequencies = losses.structure_frequencies(_train_voxels(data), data.label_map)
+        frequencies = losses.structure_frequencies(train_voxels(data), data.label_map)
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
         self.shape_of_network = network_arguments(settings, len(data.label_map))
         torch.manual_seed(settings.seed)
@@ -167,7 +167,7 @@ class Learner:
         return slices.to(self.ranks.device) * s.target_shape[0] * s.target_shape[1]
 
 
-def _train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
+def train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
     """Voxels of each structure and of the whole, of what the training part takes of each subject."""
     for part in data.split.train:
         subject = data.staged[part.subject]

@@ -16,7 +16,8 @@ from segkit.evaluation import evaluate
 from segkit.inference import Predictor
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
-from segkit.training import _train_voxels, train
+from segkit.steps import train_voxels
+from segkit.training import train
 from segkit.unet import UNet2D
 
 V1_ONLY = ("heart_atrium_left", "pulmonary_artery", "face")
@@ -87,7 +88,7 @@ def test_per_structure_counts_are_those_of_the_files(mixed):
 
 
 def test_frequencies_count_only_who_annotates(mixed):
-    frequencies = losses.structure_frequencies(_train_voxels(mixed), mixed.label_map)
+    frequencies = losses.structure_frequencies(train_voxels(mixed), mixed.label_map)
     trained = {part.subject: mixed.staged[part.subject] for part in mixed.split.train}
     for name in ("spleen", "vertebrae_L6", "liver"):
         who = [subject for subject in trained.values() if name in subject.structures]

@@ -20,7 +20,7 @@ from segkit.losses import LOSSES, ModelWithLoss, positive_weights, structure_fre
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
-from segkit.steps import Learner, _train_voxels
+from segkit.steps import Learner, train_voxels
 from segkit.validation import validate
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_validation_is_that_of_one_process_on_the_same_weights(two_processes, ph
     folder, _ = two_processes
     rows = json.loads((folder / "training_history.json").read_text())["epochs"]
     data = SliceDataset(phantom_data.staged, phantom_data.split.val, phantom_data.label_map)
-    frequencies = structure_frequencies(_train_voxels(phantom_data), phantom_data.label_map)
+    frequencies = structure_frequencies(train_voxels(phantom_data), phantom_data.label_map)
     weights = positive_weights(frequencies, SETTINGS.positive_weight_cap).float()
     for row in rows:
         loaded = load_checkpoint(folder / f"checkpoint_epoch{row['epoch']}.pth")
