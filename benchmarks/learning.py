@@ -71,7 +71,7 @@ def seconds_a_step(data: Data, settings: TrainSettings) -> float:
     """Median of ten steps after two that warm up, loading and augmentation included."""
     learner = steps.Learner(data, settings.checked(), Ranks(devices.pick_device(settings.device)))
     learning = slices.SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
-    order = list(range(0, len(learning), 7))[: 12 * settings.batch_size]
+    order = [7 * number % len(learning) for number in range(12 * settings.batch_size)]
     seconds, before = [], time.perf_counter()
     for batch in slices.batches(learning, order, settings.batch_size):
         learner.step(batch, 1, settings.learning_rate)
