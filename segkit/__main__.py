@@ -210,7 +210,7 @@ def evaluate(
 
 def demo(
     output_dir: Path = OUTPUTS,
-    epochs: int = 8,
+    epochs: int = 7,
     slices_per_epoch: int = 4000,
     target_shape: tuple[int, int] = (64, 96),
     features: tuple[int, ...] = (16, 32, 64, 128),
