@@ -115,7 +115,7 @@ def train(
 ) -> None:
     """Stage what is not staged yet and train a U-Net, or several; checkpoints and history go to the output folder.
 
-    On several GPUs: accelerate launch -m segkit train ...; each step's slices are shared out over them.
+    On several GPUs: accelerate launch --multi_gpu -m segkit train ...; each step's slices are shared out over them.
 
     Args:
         settings: of the training.

@@ -9,9 +9,9 @@ from pathlib import Path
 from segkit.dataset import Data
 from segkit.errors import SegkitError
 from segkit.ranks import Ranks, join_ranks
-from segkit.runs import member_folder, member_folders, start_run, write_json
+from segkit.runs import member_folder, member_folders, write_json
 from segkit.settings import TrainSettings
-from segkit.training import STATE_FILE, History, train
+from segkit.training import STATE_FILE, History, begin_folder, train
 
 Watch = Callable[[Path], Callable[[History], object]]
 """Given the folder of a training, what is called with its history after each epoch."""
@@ -81,7 +81,5 @@ def _start(data: Data, settings: TrainSettings, output_dir: Path) -> None:
             f"INIT_CHECKPOINT {first}: the files of {output_dir} move to its runs/ when an ensemble starts there: "
             "choose another OUTPUT_DIR"
         )
-    start_run(output_dir)
-    write_json(output_dir / "label_map.json", data.label_map)
-    write_json(output_dir / "split.json", data.split_to_json())
+    begin_folder(output_dir, data)
     write_json(output_dir / "settings.json", asdict(settings))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit, logit
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -54,7 +55,7 @@ class Predictor:
         self.label_map = dict(label_map)
         self.structures = tuple(sorted(label_map, key=label_map.get))
         self.target_shape = tuple(target_shape)  # the network itself refuses a shape that it cannot halve
-        self.logit_thresholds = torch.tensor(np.log(thresholds / (1 - thresholds)), dtype=torch.float32)
+        self.logit_thresholds = torch.tensor(logit(thresholds), dtype=torch.float32)
         self.batch_size = batch_size
 
     @classmethod
@@ -163,8 +164,7 @@ class Predictor:
 
 def _mean_thresholds(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...]:
     """Of each channel: the probability at the mean of the members' thresholds in logits, as logits are averaged."""
-    chosen = np.array([checkpoint.thresholds for checkpoint in checkpoints])
-    return tuple((1 / (1 + np.exp(-np.log(chosen / (1 - chosen)).mean(0)))).tolist())
+    return tuple(expit(logit([checkpoint.thresholds for checkpoint in checkpoints]).mean(0)).tolist())
 
 
 def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int]) -> CodeVolume:

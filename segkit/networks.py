@@ -17,7 +17,7 @@ from torch import nn
 from segkit.devices import fast_dtype
 from segkit.errors import SegkitError
 from segkit.settings import MODEL_NAMES, TrainSettings
-from segkit.unet import UNet2D
+from segkit.unet import UNet2D, check_sides
 
 
 class AttentionUNet(nn.Module):
@@ -37,7 +37,7 @@ class AttentionUNet(nn.Module):
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """The last feature maps before the head: (B, features[0], H, W)."""
-        _check_sides(images.shape[2:], self.step)
+        check_sides(images.shape[2:], self.step)
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class UNet3D(nn.Module):
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """The last feature maps before the head: (B, features[0], D, H, W)."""
-        _check_sides(images.shape[1:], self.step)
+        check_sides(images.shape[1:], self.step)
         x, skips = images[:, None].contiguous(memory_format=torch.channels_last_3d), []
         for level in self.down:
             x = level(x)
@@ -150,8 +150,3 @@ def _monai_nets(model: str) -> ModuleType:
     from monai.networks import nets  # takes 3 to 4 seconds: only where it is used
 
     return nets
-
-
-def _check_sides(sides: Sequence[int], step: int) -> None:
-    if any(side % step for side in sides):
-        raise SegkitError(f"images of {tuple(sides)} pixels: expected multiples of {step}")

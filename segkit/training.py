@@ -106,6 +106,13 @@ def train(
     return History(trainer.history)
 
 
+def begin_folder(folder: Path, data: Data) -> None:
+    """Make a folder ready for a new run: files of an older one move away, label_map.json and split.json are written."""
+    start_run(folder)
+    write_json(folder / "label_map.json", data.label_map)
+    write_json(folder / "split.json", data.split_to_json())
+
+
 def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
     """One epoch in one line, for a person who watches."""
     dice = (
@@ -129,9 +136,7 @@ class _RunFiles:
         if not self.first:
             return
         if not going_on:
-            start_run(self.folder)  # only now, when nothing in the settings or data stops the new run
-            write_json(self.folder / "label_map.json", data.label_map)
-            write_json(self.folder / "split.json", data.split_to_json())
+            begin_folder(self.folder, data)  # only now, when nothing in the settings or data stops the new run
         sweep(self.folder)
         write_json(self.folder / "settings.json", asdict(self.trainer.settings))
 

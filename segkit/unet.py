@@ -76,9 +76,7 @@ class UNet2D(nn.Module):
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """The last feature maps before the head: (B, features[0], H, W)."""
-        step = 2 ** len(self.down)
-        if images.shape[-1] % step or images.shape[-2] % step:
-            raise SegkitError(f"images of {tuple(images.shape[-2:])} pixels: expected multiples of {step}")
+        check_sides(images.shape[2:], 2 ** len(self.down))
         x, skips = images, []
         for level in self.down:
             skips.append(level(x))
@@ -90,3 +88,9 @@ class UNet2D(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.decode(images))
+
+
+def check_sides(sides: Sequence[int], step: int) -> None:
+    """SegkitError unless all sides of an image are multiples of `step`, what a network divides them by."""
+    if any(side % step for side in sides):
+        raise SegkitError(f"images of {tuple(sides)} pixels: expected multiples of {step}")

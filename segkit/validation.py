@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import expit, logit
 from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
@@ -87,14 +88,12 @@ def choose_thresholds(counts: np.ndarray) -> tuple[int, tuple[float, ...]]:
     A channel's own best threshold rests on the few subjects that hold the structure; so it is taken half of the way
     from the common one, in logits. A channel that no subject holds gets the common one.
     """
+    per_channel = np.nan_to_num([dice_of(at) for at in counts])
     means = np.nan_to_num([macro_dice(at)[0] for at in counts])
     best = int(np.argmax(means)) if means.any() else THRESHOLDS.index(0.5)
-    tp, fp, fn = counts.transpose(2, 0, 1, 3)
-    per_channel, _ = metrics.nan_mean(np.where(tp + fn > 0, metrics.dice(tp, fp, fn), np.nan), axis=1)
-    logits = np.log(np.divide(THRESHOLDS, np.subtract(1, THRESHOLDS)))
-    scored = np.nan_to_num(per_channel).any(0)
-    own = logits[np.where(scored, np.nan_to_num(per_channel).argmax(0), best)]
-    return best, tuple((1 / (1 + np.exp(-(own + logits[best]) / 2))).tolist())
+    logits = logit(THRESHOLDS)
+    own = logits[np.where(per_channel.any(0), per_channel.argmax(0), best)]
+    return best, tuple(expit((own + logits[best]) / 2).tolist())
 
 
 def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -113,7 +112,7 @@ def _count_slice(logits: torch.Tensor, codes: torch.Tensor, codebook: torch.Tens
     members, present = channels[codes.flatten()], counts[codes.flatten()]
     of_members = z.gather(1, members)
     held = torch.bincount(members[present], minlength=channels_in_all)
-    limits = [float(np.log(threshold / (1 - threshold))) for threshold in THRESHOLDS]
+    limits = logit(THRESHOLDS).tolist()
     rising = (z.amax(0) > limits[0]).nonzero().flatten()
     z, one = z[:, rising], z.new_ones(1, len(z))
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks this small gain nothing from more threads
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segkit import dataset, phantom
+from segkit import dataset, phantom, steps
 
 matplotlib.use("Agg")
 
@@ -59,3 +60,24 @@ def write_subject(folder: Path, masks: dict[str, np.ndarray], ct: np.ndarray | N
     for name, mask in masks.items():
         write_nifti(folder / "segmentations" / f"{name}.nii.gz", mask.astype(np.uint8), affine)
     return folder
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """`with stopped_after(n):` lets a training do n steps and then stops it, as the stop button of a notebook does."""
+
+    @contextmanager
+    def stopping(number: int):
+        done, original = [], steps.Learner.step
+
+        def step(self, batch, epoch, learning_rate):
+            if len(done) == number:
+                raise KeyboardInterrupt
+            done.append(epoch)
+            return original(self, batch, epoch, learning_rate)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(steps.Learner, "step", step)
+            yield
+
+    return stopping

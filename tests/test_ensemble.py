@@ -18,7 +18,6 @@ from segkit.errors import SegkitError
 from segkit.inference import Predictor
 from segkit.networks import build_network
 from segkit.settings import TrainSettings
-from segkit.steps import Learner
 from segkit.subjects import Part
 from segkit.training import train
 
@@ -141,18 +140,9 @@ def test_members_are_trainings_of_their_seed_on_one_split_and_are_found_as_one_r
     assert single.settings["seed"] == 4 and load_checkpoints(single.path)[0].path == single.path
 
 
-def test_an_interrupted_ensemble_goes_on_and_grows(few, trained, tmp_path, monkeypatch):
-    steps, original = [], Learner.step
-
-    def interrupting(self, batch, epoch, learning_rate):
-        if len(steps) == 1:
-            raise KeyboardInterrupt
-        steps.append(epoch)
-        return original(self, batch, epoch, learning_rate)
-
+def test_an_interrupted_ensemble_goes_on_and_grows(few, trained, tmp_path, stopped_after):
     settings = replace(SETTINGS, seed=3)
-    with monkeypatch.context() as patched:
-        patched.setattr(Learner, "step", interrupting)
+    with stopped_after(1):
         [history] = train_members(few, settings, tmp_path, 2, progress=False)
     assert history[-1]["interrupted"] and not (tmp_path / "member_2").exists()
     histories = train_members(few, settings, tmp_path, 2, progress=False, resume=True)

@@ -53,19 +53,9 @@ def without_times(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 6, 11])
 def test_an_interrupted_training_goes_on_to_the_same_weights(
-    phantom_data, uninterrupted, tmp_path, monkeypatch, stop_after
+    phantom_data, uninterrupted, tmp_path, stopped_after, stop_after
 ):
-    done = []
-    original = steps.Learner.step
-
-    def interrupting(self, batch, epoch, learning_rate):
-        if len(done) == stop_after:
-            raise KeyboardInterrupt  # the stop button of a notebook
-        done.append(epoch)
-        return original(self, batch, epoch, learning_rate)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(steps.Learner, "step", interrupting)
+    with stopped_after(stop_after):
         history = train(phantom_data, SETTINGS, tmp_path, progress=False)
     # an epoch has 4 steps; where it stopped inside of one, that one's weights are kept without a score
     assert len(history) == -(-stop_after // 4) and bool(history[-1].get("interrupted")) == bool(stop_after % 4)

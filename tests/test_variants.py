@@ -307,7 +307,7 @@ def weights_of(folder, epoch):
 
 
 @pytest.mark.parametrize("model", ["attention_unet", "unet3d"])
-def test_a_training_reloads_predicts_the_same_and_resumes_to_the_same_weights(few, tmp_path, monkeypatch, model):
+def test_a_training_reloads_predicts_the_same_and_resumes_to_the_same_weights(few, tmp_path, stopped_after, model):
     settings = replace(SMALL, model=model, augmentation=replace(SMALL.augmentation, flip_left_right=True))
     history = train(few, settings, tmp_path / "whole", progress=False)
     assert [row["steps"] for row in history] == [2, 2] and history[1]["val_loss"] > 0
@@ -320,16 +320,7 @@ def test_a_training_reloads_predicts_the_same_and_resumes_to_the_same_weights(fe
     with pytest.raises(SegkitError, match=rf"INIT_CHECKPOINT .*another network: expected MODEL.*'{model}'"):
         Learner(few, replace(SMALL, init_checkpoint=str(loaded.path)).checked(), Ranks(CPU))
 
-    steps, original = [], Learner.step
-
-    def interrupting(self, batch, epoch, learning_rate):
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        steps.append(epoch)
-        return original(self, batch, epoch, learning_rate)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Learner, "step", interrupting)
+    with stopped_after(3):
         train(few, settings, tmp_path / "parts", progress=False)
     train(few, settings, tmp_path / "parts", progress=False, resume=True)
     whole, parts = (weights_of(tmp_path / name, 2) for name in ("whole", "parts"))
