@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from segkit.errors import SegkitError
 
@@ -35,6 +36,19 @@ class CodeVolume:
         """Number of voxels of each structure."""
         counts = np.bincount(self.codes.ravel(), minlength=len(self.codebook))
         return dict(zip(self.structures, (counts @ self.codebook.astype(np.int64)).tolist(), strict=True))
+
+    def boxes(self) -> dict[str, tuple[slice, ...]]:
+        """The bounding box of each structure that has a voxel, a slice an axis."""
+        of_codes = ndimage.find_objects(self.codes, max_label=len(self.codebook) - 1)
+        found = {}
+        for name, members in zip(self.structures, self.codebook[1:].T, strict=True):
+            those = [of_codes[code] for code in np.flatnonzero(members) if of_codes[code] is not None]
+            if those:
+                found[name] = tuple(
+                    slice(min(side.start for side in sides), max(side.stop for side in sides))
+                    for sides in zip(*those, strict=True)
+                )
+        return found
 
     def on_channels(self, label_map: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """The codebook on a model's channels, bool (K, C), and which channels are annotated, bool (C,)."""

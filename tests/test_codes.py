@@ -39,6 +39,11 @@ def test_every_mask_comes_back_bit_for_bit(seed, structures, density, order):
     for name, mask in masks.items():
         assert np.array_equal(volume.mask(name), mask)
         assert volume.voxels()[name] == mask.sum()
+        box = volume.boxes().get(name)
+        assert (box is None) == (not mask.any())
+        if box is not None:  # the smallest box that holds every voxel
+            places = np.argwhere(mask)
+            assert [(s.start, s.stop) for s in box] == list(zip(places.min(0), places.max(0) + 1, strict=True))
 
 
 def test_more_sets_than_a_byte_or_two_bytes_hold():
