@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from segkit import devices, evaluation, slices, steps, training
+from segkit import devices, evaluation, slices, steps, summaries, training
 from segkit.checkpoints import load_checkpoints
 from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
@@ -62,8 +62,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             [row] = training.train(data, settings, folder, progress=False)
             predictor = Predictor.of(load_checkpoints(folder))
-        scores = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
-        headline, above = evaluation.summarize(scores)["macro_dice"], evaluation.per_structure(scores)["dice"] > 0.5
+        evaluated = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
+        table = summaries.per_structure(evaluated.scores)
+        headline, above = summaries.summarize(evaluated.scores)["macro_dice"], table["dice"] > 0.5
         print(f"| {name} | {steps} | {row['val_dice']:.3f} | {headline:.3f} | {above.sum()} |", flush=True)
 
 

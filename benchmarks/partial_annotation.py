@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from segkit import evaluation, training
+from segkit import evaluation, summaries, training
 from segkit.checkpoints import load_checkpoints
 from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
@@ -69,8 +69,8 @@ def dice_of(data: Data, structures: list[str], steps: int, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         training.train(data, settings, folder, progress=False)
         predictor = Predictor.of(load_checkpoints(folder))
-    scores = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
-    table = evaluation.per_structure(scores).set_index("structure")
+    evaluated = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
+    table = summaries.per_structure(evaluated.scores).set_index("structure")
     return float(table.loc[structures, "dice"].mean())
 
 

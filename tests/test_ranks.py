@@ -110,12 +110,13 @@ import sys, pickle, torch
 sys.path.insert(0, {tests!r})
 from test_ranks import SETTINGS, frozen_steps
 from segkit.dataset import open_data
-from segkit.ranks import join_ranks
+from segkit.ranks import join_ranks, leave_ranks
 ranks = join_ranks("cpu")
 data = open_data({data!r}, {stage!r}, progress=False)
 result = frozen_steps(data, ranks, {accumulate})
 if ranks.first:
     torch.save(result, {out!r})
+leave_ranks(ranks)
 """
 
 
