@@ -14,7 +14,7 @@ The files in the order in which data walk through them; each imports only from t
     audit.py         what is wrong with a data set
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
-    settings.py      what a person changes about a training
+    settings.py      what a person changes about a training and its scores
     slices.py        staged subjects -> batches of slices with their codes
     slabs.py         the same for a 3D network: slices in a row
     augment.py       one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
@@ -27,6 +27,8 @@ The files in the order in which data walk through them; each imports only from t
     head.py          the last layer with its loss, chunk by chunk
     losses.py        cross-entropy, Dice and focal loss; network and loss as one
     metrics.py       counts -> Dice, IoU, success rate, detection
+    surface.py       surface distances in mm: HD95, ASSD, surface Dice
+    confusion.py     which structure's voxels were called what
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold
     schedule.py      the learning rate of each step, and when training ends early
@@ -37,11 +39,19 @@ The files in the order in which data walk through them; each imports only from t
     ensemble.py      several seeds trained by one command
     inference.py     volume in, codes out; the mean of an ensemble
     evaluation.py    one tidy table: a row a subject and structure
-    figures.py       curves, overlays, distributions, rankings
-    meshes.py        codes -> meshes in mm -> one HTML page
+    summaries.py     means that say what they are over, with intervals
+    comparison.py    two models on the same cases
+    styles.py        colours that colour-blind readers can tell apart, a style a group, saving
+    pictures.py      slices with their masks, outlines and errors
+    cases.py         the worst, median and best case of a split
+    figures.py       charts over cases: curves, distributions, success rates, volumes, subjects
+    rankings.py      charts over structures: ranking, comparison of two models, confusions
+    meshes.py        codes -> closed meshes in mm, distances between them
+    pages.py         meshes -> one HTML page that needs no network
+    report_page.py   headings, tables and pictures -> one HTML page
     report.py        the files of an evaluation
     progress.py      what a person watches while a network learns
-    interactive.py   what lives in a notebook: progress as it grows, the slice browser
+    interactive.py   what lives in a notebook: progress as it grows, the slice browser, NiiVue
     check.py         whether the installation works
     demo.py          both notebooks on phantoms, headless
     __main__.py      python -m segkit VERB

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from segkit.errors import Finding, SegkitError
-from segkit.settings import NO_AUGMENTATION, TrainSettings
+from segkit.settings import NO_AUGMENTATION, Scoring, TrainSettings
 
 OUTPUTS = Path("outputs")
 
@@ -158,54 +158,70 @@ def train(
 
 
 def evaluate(
+    scoring: Scoring,
     output_dir: Path = OUTPUTS,
     data_dir: Path | None = None,
     stage_dir: Path | None = None,
     checkpoint: Path | None = None,
     threshold: float | None = None,
-    detected_dice: float = 0.1,
     batch_size: int = 8,
     max_subjects: int | None = None,
     device: str | None = None,
-    jobs: int = 1,
 ) -> None:
-    """Predict and score the test subjects of a training run: a CSV, figures and the headline score.
+    """Predict and score the test subjects of a training run: tables, figures, and one page that shows them all.
 
     Args:
+        scoring: of the scores.
         output_dir: the folder of the training run; results go there too.
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
         checkpoint: a file, or the folder of a run; by default the one with the best validation Dice, of each member
             where several were trained.
         threshold: a structure is where its probability exceeds this; by default what validated best for each.
-        detected_dice: from this Dice on a structure counts as detected.
         batch_size: slices predicted at a time.
         max_subjects: at most so many.
         device: cpu, cuda, cuda:1 or mps; the best there is by default.
-        jobs: subjects staged at the same time.
     """
     from segkit import evaluation, report
     from segkit.checkpoints import load_checkpoints
     from segkit.dataset import open_run
     from segkit.inference import Predictor
 
-    data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, jobs)
+    data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, scoring.jobs)
     _report(data.problems)
     loaded = load_checkpoints(checkpoint or output_dir, data.label_map)
     predictor = Predictor.of(loaded, threshold, batch_size, device)
     kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
-    scores = evaluation.evaluate(predictor, data.staged, parts, split, kept, detected_dice)
-    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape)
-    results = report.Report(scores, split, output_dir)
-    results.table()
-    summary = results.summary(bound, [one.path for one in loaded])
-    for draw in (results.distribution, results.ranking, results.success):
-        draw()
-    first = data.staged[parts[0].subject]
-    prediction = evaluation.load_prediction(kept, first)
-    results.visualization(first, parts[0], prediction)
-    results.page(first, prediction)
-    print(*results.files, report.headline(summary), sep="\n")
+    evaluated = evaluation.evaluate(predictor, data.staged, parts, split, kept, scoring)
+    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape, scoring)
+    results = report.Report(evaluated, data, output_dir, kept)
+    files = results.everything(bound, [one.path for one in loaded])
+    print(*files, report.headline(results.outcome), sep="\n")
+
+
+def compare(
+    tables: Positional[tuple[Path, ...]],
+    names: tuple[str, ...] = (),
+    measure: str = "dice",
+    output_dir: Path = OUTPUTS,
+) -> None:
+    """Put evaluations of two or more models on the same subjects side by side: paired differences from the first.
+
+    Args:
+        tables: evaluation_results_<stamp>.csv of each, as `evaluate` wrote them.
+        names: what to call them; the folder and stamp of each by default.
+        measure: a column of the tables: dice, iou, nsd, hd95_mm, ...
+        output_dir: where the CSV and the figures go.
+    """
+    from segkit import comparison, report
+    from segkit.evaluation import load_scores
+
+    if names and len(names) != len(tables):
+        raise SegkitError(f"{len(names)} names for {len(tables)} tables: expected one each")
+    names = names or tuple(f"{path.resolve().parent.name}/{path.stem[-15:]}" for path in tables)
+    loaded = {name: load_scores(path) for name, path in zip(names, tables, strict=True)}
+    files = report.write_comparison(comparison.compare(loaded, measure), names[0], measure, output_dir)
+    print(*files, sep="\n")
 
 
 def demo(
@@ -254,7 +270,20 @@ def _report(problems: list[Finding]) -> None:
 
 def main() -> None:
     """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
-    verbs = {verb.__name__: verb for verb in (phantom, download, audit, stage, train, evaluate, demo, check)}
+    verbs = {
+        verb.__name__: verb
+        for verb in (
+            phantom,
+            download,
+            audit,
+            stage,
+            train,
+            evaluate,
+            compare,
+            demo,
+            check,
+        )
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs, prog="python -m segkit", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)

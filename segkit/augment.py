@@ -99,7 +99,7 @@ def to_network(
 def examples(
     data: SliceDataset, item: int, settings: Augmentation, target_shape: tuple[int, int], count: int = 4, seed: int = 0
 ) -> list[tuple[str, np.ndarray, CodeVolume, tuple[float, float]]]:
-    """A slice as the network sees it, then varied `count` times: samples as `figures.plot_slices` takes them."""
+    """A slice as the network sees it, then varied `count` times: samples as `pictures.plot_slices` takes them."""
     batch = collate([(number, data[item]) for number in range(count)])
     names = tuple(sorted(data.label_map, key=data.label_map.get))
     middle = batch.hu.shape[1] // 2

@@ -1,242 +1,229 @@
-"""Figures: training curves, slices with their masks, score distributions and rankings.
+"""Charts over cases: training curves, distributions, success rates, volumes, subjects. A case: a subject's structure.
 
-Slices are shown as radiologists hang them: seen from the feet, the patient's right on the left of the picture, the
-spine at the bottom, with true proportions in mm.
+Scores are the table of `evaluation.evaluate`. Every chart says the split and how many cases it is of.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from segkit.codes import CodeVolume
-from segkit.labels import GROUPS, OFFICIAL, color_of, group_of, rgb_of
-from segkit.metrics import SUCCESS_THRESHOLDS
-from segkit.runs import write_whole
+from segkit.errors import SegkitError
+from segkit.metrics import SUCCESS_THRESHOLDS, nan_mean
+from segkit.styles import BLACK, BLUE, GREEN, GROUP_STYLES, SKY, VERMILION, counted, groups_in, sentence
+from segkit.summaries import MEASURES, per_subject
 
-SOFT_TISSUE = (40.0, 400.0)  # window level and width in HU
+DRAWN = {measure: name for measure, name in MEASURES.items() if measure != "volume_error_ml"}
+"""What `plot_distribution` draws: all measures but the one that may be below 0."""
 
-
-def save_figure(path: str | Path, figure: Figure) -> Path:
-    """Write a figure as PNG, whole or not at all."""
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
-
-
-def hang(plane: np.ndarray) -> np.ndarray:
-    """An axial slice (y, x, ...) of the canonical grid turned as it is shown: front at the top, right on the left."""
-    return plane[::-1, ::-1]
-
-
-def window(hu: np.ndarray, level_width: tuple[float, float] = SOFT_TISSUE) -> np.ndarray:
-    """HU -> grey 0..1 for a window given as (level, width) in HU."""
-    level, width = level_width
-    return np.clip((hu - level) / width + 0.5, 0, 1)
-
-
-def colors_of_codes(volume: CodeVolume) -> np.ndarray:
-    """Colour of each code, float (K, 4), RGBA 0..1: the mean over the structures of an overlap, background clear."""
-    rgb = np.array([rgb_of(name) for name in volume.structures]) / 255
-    number = volume.codebook.sum(1)
-    mean = volume.codebook.astype(float) @ rgb / np.maximum(number, 1)[:, None]
-    return np.concatenate([mean, (number > 0)[:, None]], 1)
-
-
-def overlay(hu: np.ndarray, volume: CodeVolume, opacity: float = 0.55) -> np.ndarray:
-    """A slice in grey with its structures in colour, float (y, x, 3), hung. `hu` and the codes are (y, x)."""
-    color = colors_of_codes(volume)[volume.codes]
-    alpha = color[..., 3:] * opacity
-    return hang(window(hu)[..., None] * (1 - alpha) + color[..., :3] * alpha)
-
-
-def difference(reference: CodeVolume, prediction: CodeVolume) -> np.ndarray:
-    """Per pixel, int (y, x): 0 background in both, 1 the same structures, 2 missed, 3 false alarm, 4 other structures.
-
-    Compared on the structures that the reference annotates; what was not annotated is neither right nor wrong.
-    """
-    names = [name for name in reference.structures if name in prediction.structures]
-    ref, pred = (
-        volume.codebook[:, [volume.structures.index(name) for name in names]] for volume in (reference, prediction)
-    )
-    same = (ref[:, None] == pred[None]).all(2)
-    kinds = np.where(same, 1, np.where(pred.any(1)[None], np.where(ref.any(1)[:, None], 4, 3), 2))
-    kinds[np.ix_(~ref.any(1), ~pred.any(1))] = 0
-    return kinds[reference.codes, prediction.codes]
-
-
-DIFFERENCE_COLORS = {1: ("agrees", "#4daf4a"), 2: ("missed", "#e41a1c"), 3: ("false alarm", "#377eb8"),
-                     4: ("other structure", "#ff9f1c")}  # fmt: skip
-
-
-def show_slice(
-    axes: Axes, picture: np.ndarray, spacing_mm: Sequence[float], title: str = "", cmap: str | None = None
-) -> None:
-    """Draw a hung slice with true proportions and R / L at its sides. `spacing_mm` is (y, x)."""
-    axes.imshow(picture, aspect=spacing_mm[0] / spacing_mm[1], cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title, fontsize=9)
-    axes.set_axis_off()
-    for x, letter in ((0.02, "R"), (0.98, "L")):
-        axes.text(
-            x, 0.5, letter, transform=axes.transAxes, color="white", fontsize=8, ha="left" if x < 0.5 else "right",
-            bbox={"facecolor": "black", "alpha": 0.4, "pad": 1, "edgecolor": "none"},
-        )  # fmt: skip
-
-
-def structure_legend(figure: Figure, volumes: Sequence[CodeVolume], most: int = 27) -> None:
-    """A legend under the figure with the colours of the structures that are shown, at most the `most` largest."""
-    pixels = sum((Counter(volume.voxels()) for volume in volumes), Counter())
-    shown = {name for name, number in pixels.most_common(most) if number}
-    order = [*(name for name in OFFICIAL if name in shown), *sorted(shown - set(OFFICIAL))]
-    handles = [Patch(color=color_of(name), label=name) for name in order]
-    left_out = len(+pixels) - len(shown)
-    if left_out:
-        handles.append(Patch(color="none", label=f"and {left_out} smaller ones"))
-    if handles:
-        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False)
-
-
-def occurring(volume: CodeVolume) -> list[str]:
-    """The structures with at least one voxel in these codes."""
-    members = volume.codebook[np.unique(volume.codes)].any(0)
-    return [name for name, there in zip(volume.structures, members, strict=True) if there]
-
-
-def _tallest(samples: Sequence[tuple]) -> float:
-    """The largest height of a slice relative to its width, in mm, so that panels leave no gaps."""
-    return max(hu.shape[0] * spacing[0] / (hu.shape[1] * spacing[1]) for _, hu, *_, spacing in samples)
-
-
-def plot_slices(samples: Sequence[tuple[str, np.ndarray, CodeVolume, Sequence[float]]]) -> Figure:
-    """Slices beside their masks: per sample a title, HU (y, x), codes (y, x), spacing in mm (y, x)."""
-    size = (3.2 * len(samples), 2 * (3.2 * _tallest(samples) + 0.2))
-    figure, axes = plt.subplots(2, len(samples), figsize=size, squeeze=False, layout="constrained")
-    for column, (title, hu, volume, spacing_mm) in zip(axes.T, samples, strict=True):
-        show_slice(column[0], hang(window(hu)), spacing_mm, title, cmap="gray")
-        show_slice(column[1], overlay(hu, volume), spacing_mm)
-    structure_legend(figure, [volume for _, _, volume, _ in samples])
-    return figure
+LINEAR_TO_MM = 1.0  # axes of distances are linear up to here, logarithmic above, so that 0 has a place
 
 
 def plot_history(history: Sequence[Mapping]) -> Figure:
     """Loss of training and validation, and validation Dice, over epochs."""
+    if not history:
+        return sentence("no epoch is done yet")
     table = pd.DataFrame(history)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for column, label in (("train_loss", "training"), ("val_loss", "validation")):
-        left.plot(table["epoch"], table[column], marker="o", label=label)
-    left.set(xlabel="epoch", ylabel="loss", title="Loss", yscale="log")
+    for column, label, style in (("train_loss", "training", "o-"), ("val_loss", "validation", "s--")):
+        color = BLUE if label == "training" else VERMILION
+        left.plot(table["epoch"], table[column].astype(float), style, ms=4, color=color, label=label)
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    left.set_title("Loss (train and val split)", fontsize=10)
     left.legend()
-    right.plot(table["epoch"], table["val_dice"].astype(float), marker="o", color="tab:green")
-    right.set(xlabel="epoch", ylabel="macro Dice", title="Validation Dice (val split, network's grid)", ylim=(0, 1))
+    scored = table[table["val_dice"].notna()]
+    right.plot(scored["epoch"], scored["val_dice"].astype(float), "o-", ms=4, color=GREEN)
+    number = counted(max(row.get("val_structures", 0) for row in history), "structure")
+    right.set(xlabel="epoch", ylabel="macro Dice", ylim=(0, 1))
+    right.set_title(f"Validation Dice (val split, {number}, network's grid)", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
-def plot_predictions(
-    samples: Sequence[tuple[str, np.ndarray, CodeVolume, CodeVolume, Sequence[float]]], title: str = ""
-) -> Figure:
-    """A row a slice: CT, ground truth, prediction, difference.
+def plot_distribution(scores: pd.DataFrame, split: str, metric: str = "dice") -> Figure:
+    """Distribution of a metric over the cases that the reference holds, and a box a group with its cases as points.
 
-    Per sample a title, HU (y, x), the codes of both (y, x), spacing in mm (y, x).
+    metric: a column in DRAWN; SegkitError for another one. Distances are on an axis that is logarithmic above 1 mm;
+    a case without one (nothing was predicted) is not drawn, its number is named.
     """
-    size = (13, len(samples) * (3.2 * _tallest(samples) + 0.3))
-    figure, axes = plt.subplots(len(samples), 4, figsize=size, squeeze=False, layout="constrained")
-    for row, (name, hu, reference, prediction, spacing_mm) in zip(axes, samples, strict=True):
-        show_slice(row[0], hang(window(hu)), spacing_mm, f"{name}: CT", cmap="gray")
-        show_slice(row[1], overlay(hu, reference), spacing_mm, "ground truth")
-        show_slice(row[2], overlay(hu, prediction), spacing_mm, "prediction")
-        show_slice(row[3], _difference_picture(hu, reference, prediction), spacing_mm, "difference")
-    handles = [Patch(color=color, label=label) for label, color in DIFFERENCE_COLORS.values()]
-    axes[-1, 3].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7, frameon=False)
-    structure_legend(figure, [volume for _, _, *both, _ in samples for volume in both])
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-def _difference_picture(hu: np.ndarray, reference: CodeVolume, prediction: CodeVolume) -> np.ndarray:
-    picture = np.repeat(window(hu)[..., None], 3, axis=2)
-    kinds = difference(reference, prediction)
-    for kind, (_, color) in DIFFERENCE_COLORS.items():
-        rgb = np.array(list(bytes.fromhex(color[1:]))) / 255
-        picture[kinds == kind] = 0.35 * picture[kinds == kind] + 0.65 * rgb
-    return hang(picture)
-
-
-def plot_distribution(scores: pd.DataFrame, split: str) -> Figure:
-    """Distribution of Dice and IoU over the cases that the reference holds, and a box a group with its cases."""
+    if metric not in DRAWN:
+        raise SegkitError(f"no distribution of {metric!r}: choose one of {', '.join(DRAWN)}")
     held = scores[scores["present"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1, 1.5), layout="constrained")
-    bins = np.linspace(0, 1, 21)
-    for column, name, color in (("dice", "Dice", "tab:blue"), ("iou", "IoU", "tab:orange")):
-        label = f"{name}, mean {held[column].mean():.3f}"
-        left.hist(held[column], bins, alpha=0.55, color=color, label=label)
-    left.set(xlabel="score", ylabel="cases (subject, structure)", title=f"{len(held)} cases, {split} split")
-    left.legend()
-    groups = [group for group in GROUPS if (held["group"] == group).any()]
-    values = [held.loc[held["group"] == group, "dice"].to_numpy() for group in groups]
-    right.boxplot(values, orientation="horizontal", widths=0.6, showfliers=False, medianprops={"color": "black"})
+    cases = held[held[metric].notna()]
+    if cases.empty:
+        return sentence(f"{DRAWN[metric]}, {split} split: none of {counted(len(held), 'case')} has a value")
+    groups = groups_in(held)
+    size = (12, max(3.4, 1.4 + 0.34 * len(groups)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.5), layout="constrained")
+    values = cases[metric].to_numpy(float)
+    left.hist(values, _bins(values, metric), color=SKY, edgecolor="white", lw=0.4)
+    for name, value, line in (("mean", values.mean(), "-"), ("median", np.median(values), "--")):
+        left.axvline(value, color=BLACK, lw=1.4, ls=line, label=f"{name} {value:.3g}")
+    left.set(ylabel="cases (subject, structure)")
+    left.yaxis.get_major_locator().set_params(integer=True)
+    without = len(held) - len(cases)
+    missed = f"\n{without:,} more missed: nothing predicted, no value" if without else ""
+    left.set_title(f"{counted(len(cases), 'case')}, {split} split{missed}", fontsize=10)
+    left.legend(fontsize=8)
+    _group_boxes(right, held, groups, metric)
+    for axes in (left, right):
+        axes.set_xlabel(_name(scores, metric))
+        if metric.endswith("_mm"):
+            axes.set_xscale("symlog", linthresh=LINEAR_TO_MM)
+            axes.set_xlim(0, max(10.0, 1.15 * values.max()))
+            axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_xlim(-0.02, 1.02)
+    return figure
+
+
+def _group_boxes(axes: Axes, held: pd.DataFrame, groups: Sequence[str], metric: str) -> None:
+    """A box a group with its cases as points and its mean as a diamond."""
+    of_groups = [held.loc[held["group"] == group, metric] for group in groups]
+    values = [column.dropna().to_numpy() for column in of_groups]
+    axes.boxplot(
+        values, orientation="horizontal", widths=0.6, showfliers=False, medianprops={"color": BLACK, "lw": 1.6}
+    )
     spread = np.random.default_rng(0)
-    for place, (group, cases) in enumerate(zip(groups, values, strict=True), start=1):
-        right.scatter(cases, place + spread.uniform(-0.22, 0.22, len(cases)), s=7, alpha=0.5,
-                      color=color_of(next(n for n in OFFICIAL if group_of(n) == group)))  # fmt: skip
-    right.set_yticks(range(1, len(groups) + 1), [f"{g} (n = {len(v)})" for g, v in zip(groups, values, strict=True)])
-    right.set(xlim=(-0.02, 1.02), xlabel="Dice", title="Dice per group")
-    right.invert_yaxis()
-    right.grid(axis="x", alpha=0.3)
-    return figure
+    for place, (group, points) in enumerate(zip(groups, values, strict=True), start=1):
+        style = GROUP_STYLES[group]
+        heights = place + spread.uniform(-0.22, 0.22, len(points))
+        alpha = float(np.clip(40 / max(1, len(points)), 0.15, 0.6))
+        axes.scatter(points, heights, s=9, alpha=alpha, color=style.color, marker=style.marker, lw=0)
+        if len(points):
+            axes.plot(points.mean(), place, "D", ms=5, mfc="white", mec=BLACK)
+    labels = [
+        f"{group} (n = {len(points)}{f', {len(column) - len(points)} missed' if len(column) > len(points) else ''})"
+        for group, points, column in zip(groups, values, of_groups, strict=True)
+    ]
+    axes.set_yticks(range(1, len(groups) + 1), labels, fontsize=8)
+    axes.set_title("per group: median, middle half, mean (diamond)", fontsize=10)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
 
 
-def plot_ranking(table: pd.DataFrame, split: str) -> Figure:
-    """Every structure that a subject holds, ranked by mean Dice, in its colour. `table`: `evaluation.per_structure`."""
-    ranked = table[table["n"] > 0]
-    columns = max(1, -(-len(ranked) // 40))
-    rows = -(-len(ranked) // columns)
-    size = (5.2 * columns, 1.2 + 0.17 * rows)
-    figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    for column, axis in enumerate(axes[0]):
-        part = ranked.iloc[rows * column : rows * (column + 1)]
-        places = np.arange(len(part))
-        axis.barh(
-            places, part["dice"], color=[color_of(name) for name in part["structure"]], edgecolor="#555555", lw=0.3
-        )
-        axis.set_yticks(
-            places, [f"{name} ({n})" for name, n in zip(part["structure"], part["n"], strict=True)], fontsize=7
-        )
-        for place, value in zip(places, part["dice"], strict=True):
-            axis.text(value + 0.01, place, f"{value:.2f}", va="center", fontsize=6)
-        axis.set(xlim=(0, 1.08), ylim=(rows - 0.4, -0.6), xlabel="mean Dice")
-        axis.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"Structures by mean Dice, {split} split (in brackets: subjects that hold it)")
-    return figure
+def _bins(values: np.ndarray, metric: str) -> np.ndarray:
+    """Edges of the histogram: twenty for 0 to 1, for distances four up to 1 mm and eight a decade above."""
+    if not metric.endswith("_mm"):
+        return np.linspace(0, 1, 21)
+    decades = max(1, int(np.ceil(np.log10(values.max() + 1e-9))))
+    return np.concatenate([np.linspace(0, LINEAR_TO_MM, 5)[:-1], np.logspace(0, decades, 8 * decades + 1)])
+
+
+def _name(scores: pd.DataFrame, metric: str) -> str:
+    """How the axis of a metric is called: of a surface Dice with its tolerance."""
+    tolerance = f" at {scores['nsd_tolerance_mm'].iloc[0]:g} mm" if metric == "nsd" else ""
+    return DRAWN[metric] + tolerance
 
 
 def plot_success_rates(scores: pd.DataFrame, split: str) -> Figure:
     """Share of the cases at or above each Dice threshold, a curve a group; the thresholds of the table are marked."""
-    held = scores[scores["present"]]
-    thresholds = np.linspace(0, 1, 101)
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    for group in [group for group in GROUPS if (held["group"] == group).any()]:
-        values = held.loc[held["group"] == group, "dice"].to_numpy()
-        color = color_of(next(name for name in OFFICIAL if group_of(name) == group))
+    held = scores[scores["present"] & scores["dice"].notna()]
+    if held.empty:
+        return sentence(f"success rate, {split} split: the reference holds no structure")
+    thresholds = np.arange(101) / 100
+    figure, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
+    groups = groups_in(held)
+    for place, group in enumerate(groups):
+        values, style = held.loc[held["group"] == group, "dice"].to_numpy(), GROUP_STYLES[group]
         axes.plot(
-            thresholds, (values[:, None] >= thresholds).mean(0), color=color, lw=1.4, label=f"{group} ({len(values)})"
-        )
-    values = held["dice"].to_numpy()
-    axes.plot(thresholds, (values[:, None] >= thresholds).mean(0), color="black", lw=2.4, label=f"all ({len(values)})")
+            thresholds, (values[:, None] >= thresholds).mean(0), color=style.color, ls=style.line, lw=1.4, ms=5,
+            marker=style.marker, markevery=(2 * place, 20), label=f"{group} ({len(values)})",
+        )  # fmt: skip
+    shares = (held["dice"].to_numpy()[:, None] >= thresholds).mean(0)
+    axes.plot(thresholds, shares, color=BLACK, lw=2.6, label=f"all ({len(held)})")
     for threshold in SUCCESS_THRESHOLDS:
-        axes.add_line(Line2D([threshold] * 2, [0, 1], color="#999999", lw=0.7, ls=":"))
+        axes.axvline(threshold, color="#999999", lw=0.8, ls=":", zorder=0)
+    marked = axes.secondary_xaxis("top")
+    rates = [(held["dice"] >= threshold).mean() for threshold in SUCCESS_THRESHOLDS]
+    labels = [f"≥ {threshold:g}\n{rate:.0%}" for threshold, rate in zip(SUCCESS_THRESHOLDS, rates, strict=True)]
+    marked.set_xticks(SUCCESS_THRESHOLDS, labels, fontsize=8)
     axes.set(xlabel="Dice threshold", ylabel="share of cases at or above it", xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_title(f"Success rate, {split} split")
-    axes.legend(fontsize=7, loc="upper right")
+    axes.set_title(f"Success rate, {split} split (above: share of all {counted(len(held), 'case')})", fontsize=10)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3.5)
     axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_volume(scores: pd.DataFrame, split: str) -> Figure:
+    """Dice against the volume of the structure in the reference, a point a case, with the running median."""
+    held = scores[scores["present"] & scores["dice"].notna()]
+    if held.empty:
+        return sentence(f"Dice over volume, {split} split: the reference holds no structure")
+    figure, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
+    alpha = float(np.clip(300 / len(held), 0.25, 0.8))
+    for group in groups_in(held):
+        part, style = held[held["group"] == group], GROUP_STYLES[group]
+        axes.scatter(part["reference_ml"], part["dice"], s=16, alpha=alpha, color=style.color, marker=style.marker,
+                     lw=0, label=f"{group} ({len(part)})")  # fmt: skip
+    volumes, medians, cases = running_median(held["reference_ml"].to_numpy(), held["dice"].to_numpy())
+    if len(volumes):
+        axes.plot(volumes, medians, color=BLACK, lw=1.8, label=f"median of {cases} neighbours")
+    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="volume in the reference (ml)", ylabel="Dice")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"Dice over volume, {counted(len(held), 'case')}, {split} split", fontsize=10)
+    legend = axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def running_median(volume: np.ndarray, dice: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Medians of volume and of Dice over as many neighbours in volume, in rising order, and that number.
+
+    The number is odd: a twelfth of the cases, at least 11; with fewer cases than that nothing is returned.
+    """
+    window = max(11, len(volume) // 12) | 1
+    if len(volume) < window:
+        return np.zeros(0), np.zeros(0), window
+    order = np.argsort(volume, kind="stable")
+    pieces = (np.lib.stride_tricks.sliding_window_view(values[order], window) for values in (volume, dice))
+    medians = [np.median(piece, axis=1) for piece in pieces]
+    return medians[0], medians[1], window
+
+
+def plot_subjects(scores: pd.DataFrame, split: str) -> Figure:
+    """Each subject, best first: mean Dice over the structures that it holds with their middle half, and its errors.
+
+    Below: structures that it holds and that were missed (upwards), false alarms (downwards).
+    """
+    if scores.empty:
+        return sentence(f"no subject, {split} split")
+    table = per_subject(scores)
+    places = np.arange(len(table))
+    middle, half = (len(table) - 1) / 2, max(5.0, len(table) / 2 + 0.3)  # so that one bar is no wall
+    size = (max(6.0, 1.6 + 0.17 * len(table)), 5.2)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=size, height_ratios=(2, 1), sharex=True, layout="constrained")
+    top.vlines(places, table["dice_25"], table["dice_75"], color=SKY, lw=5, label="middle half of its structures")
+    top.plot(places, table["dice"], "o", ms=4, color=BLACK, ls="none", label="mean")
+    overall, number = nan_mean(table["dice"].to_numpy())
+    if number:
+        top.axhline(overall, color=BLACK, lw=0.8, ls=":", label=f"mean of the subjects, {overall:.3f}")
+    top.set(ylabel="Dice", ylim=(-0.02, 1.02))
+    top.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    missed = f"missed, Dice below {scores['found_at_dice'].iloc[0]:g} ({table['missed'].sum()})"
+    bottom.bar(places, table["missed"], color=VERMILION, label=missed)
+    alarms = table["false_alarms"].sum()
+    bottom.bar(places, -table["false_alarms"], color=SKY, hatch="///", label=f"false alarms ({alarms})")
+    bottom.axhline(0, color=BLACK, lw=0.8)
+    bottom.yaxis.set_major_locator(plt.MaxNLocator(nbins=5, integer=True))
+    bottom.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    bottom.set(ylabel="structures", xlim=(middle - half, middle + half))
+    bottom.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    names = [f"{name} ({n})" for name, n in zip(table["subject"], table["n"], strict=True)]
+    bottom.set_xticks(places, names, rotation=90, fontsize=7)
+    for axes in (top, bottom):
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.suptitle(
+        f"{counted(len(table), 'subject')}, {split} split (in brackets: structures that it holds)", fontsize=10
+    )
     return figure

@@ -1,19 +1,22 @@
-"""What lives in a notebook only: the progress of a training as it grows, and the slice browser."""
+"""What lives in a notebook only: the progress of a training as it grows, and viewers."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
 from IPython.display import DisplayHandle, IFrame, display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segkit.codes import CodeVolume
-from segkit.figures import occurring, overlay, show_slice
+from segkit.pictures import TEXT_BOX, WINDOWS, colors_of_codes, hang, occurring, only, window
 from segkit.progress import Progress, worst_structures
 
 
@@ -42,53 +45,131 @@ def show_page(page: Path, height: int = 700) -> IFrame:
     return IFrame(Path(os.path.relpath(page)).as_posix(), width="100%", height=height)
 
 
+PLANES: Mapping[str, tuple[int, str]] = {"axial": (0, "RLAP"), "coronal": (1, "RLHF"), "sagittal": (2, "APHF")}
+"""Per plane the axis of (z, y, x) across it, and what lies at the left, right, top and bottom of the picture."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the slice browser shows."""
+
+    plane: str = "axial"  # one of PLANES
+    position: int = 0  # voxel along the axis across the plane, on the canonical grid
+    window: str = "soft tissue"  # one of WINDOWS
+    opacity: float = 0.55  # of the colours
+    outlines: bool = False  # instead of filled structures
+    structures: tuple[str, ...] = ()  # those that are shown; none: all
+
+
 def slice_browser(title: str, hu: np.ndarray, volumes: Mapping[str, CodeVolume], spacing_mm: tuple) -> widgets.VBox:
-    """A slider over axial slices with an opacity and the choice of structures; the volumes stand side by side.
+    """Slices of all three planes with controls for each part of a View; the volumes stand side by side.
 
     hu: int16 (z, y, x). volumes: for example {"ground truth": ..., "prediction": ...}, codes (z, y, x).
     spacing_mm: (z, y, x).
     """
     there = sorted({name for volume in volumes.values() for name in occurring(volume)})
-    position = widgets.IntSlider(len(hu) // 2, 0, len(hu) - 1, description="slice", continuous_update=True)
-    opacity = widgets.FloatSlider(0.55, min=0, max=1, step=0.05, description="opacity")
-    chosen = widgets.SelectMultiple(options=there, description="structures", rows=8)
-    chosen.layout.width = "340px"
+    controls = {
+        "plane": widgets.ToggleButtons(options=list(PLANES)),
+        "position": widgets.IntSlider(len(hu) // 2, 0, len(hu) - 1, description="slice"),
+        "window": widgets.Dropdown(options=list(WINDOWS), description="window"),
+        "opacity": widgets.FloatSlider(View.opacity, min=0, max=1, step=0.05, description="opacity"),
+        "outlines": widgets.Checkbox(False, description="outlines"),
+        "structures": widgets.SelectMultiple(options=there, description="structures", rows=8),
+    }
+    controls["plane"].style.button_width = "80px"
+    controls["structures"].layout.width = "340px"
     hint = widgets.HTML("<small>none chosen: all are shown; several with Ctrl or Shift</small>")
     picture = widgets.Image(format="png")
 
     def draw(_change: object = None) -> None:
-        picture.value = render(title, hu, volumes, spacing_mm, position.value, opacity.value, chosen.value)
+        view = View(**{name: control.value for name, control in controls.items()})
+        picture.value = render(title, hu, volumes, spacing_mm, view)
 
-    for control in (position, opacity, chosen):
-        control.observe(draw, "value")
+    def turn(_change: object) -> None:
+        slices = hu.shape[PLANES[controls["plane"].value][0]]
+        position = controls["position"]
+        position.unobserve(draw, "value")  # drawn once, not for each step of the change
+        position.max, position.value = slices - 1, slices // 2
+        position.observe(draw, "value")
+        draw()
+
+    controls["plane"].observe(turn, "value")
+    for name, control in controls.items():
+        if name != "plane":
+            control.observe(draw, "value")
     draw()
-    controls = widgets.VBox([position, opacity, chosen, hint])
-    return widgets.VBox([widgets.HBox([controls, picture])])
+    return widgets.VBox([widgets.HBox([widgets.VBox([*controls.values(), hint]), picture])])
 
 
 def render(
-    title: str,
-    hu: np.ndarray,
-    volumes: Mapping[str, CodeVolume],
-    spacing_mm: tuple,
-    z: int,
-    opacity: float,
-    chosen: tuple[str, ...] = (),
+    title: str, hu: np.ndarray, volumes: Mapping[str, CodeVolume], spacing_mm: tuple, view: View = View()
 ) -> bytes:
-    """One slice of all volumes side by side, as PNG. Without `chosen` all structures are shown."""
-    figure = Figure(figsize=(4.6 * len(volumes), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(volumes), squeeze=False)[0]
-    for axis, (name, volume) in zip(axes, volumes.items(), strict=True):
-        here = volume.with_codes(volume.codes[z])
-        shown = only(here, chosen) if chosen else here
-        show_slice(axis, overlay(hu[z], shown, opacity), spacing_mm[1:], name)
-    figure.suptitle(f"{title}, slice {z} of {len(hu)}", fontsize=10)
+    """One slice of all volumes side by side, as PNG, with true proportions; arguments as `slice_browser`.
+
+    Turned as radiologists hang them: axial from the feet, coronal from the front, sagittal with the front at the left.
+    """
+    axis, letters = PLANES[view.plane]
+    rows, columns = (spacing for place, spacing in enumerate(spacing_mm) if place != axis)
+    plane = np.take(hu, view.position, axis)
+    tall = plane.shape[0] * rows / (plane.shape[1] * columns)
+    width = min(4.4, 7 / tall)  # inches: a whole body still fits the screen
+    figure = Figure(figsize=(width * len(volumes), width * tall + 0.6), layout="constrained")
+    for axes, (name, volume) in zip(figure.subplots(1, len(volumes), squeeze=False)[0], volumes.items(), strict=True):
+        codes = volume.with_codes(np.take(volume.codes, view.position, axis))
+        axes.imshow(hang(_colored(plane, codes, view)), aspect=rows / columns, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+        _letter_sides(axes, letters)
+    figure.suptitle(f"{title}, {view.plane}, slice {view.position} of {hu.shape[axis]}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
 
 
-def only(volume: CodeVolume, chosen: tuple[str, ...]) -> CodeVolume:
-    """The same codes with every structure but the chosen ones taken out of the codebook."""
-    columns = np.array([name in chosen for name in volume.structures])
-    return CodeVolume(volume.codes, volume.codebook & columns, volume.structures)
+def _colored(plane: np.ndarray, volume: CodeVolume, view: View) -> np.ndarray:
+    """A slice of HU, (rows, columns), in grey with its structures in colour: float (rows, columns, 3), not hung."""
+    shown = only(volume, view.structures) if view.structures else volume
+    color = colors_of_codes(shown)[shown.codes]
+    alpha = color[..., 3:] * view.opacity
+    if view.outlines:
+        alpha = alpha * _edges(shown)[..., None]
+    return window(plane, WINDOWS[view.window])[..., None] * (1 - alpha) + color[..., :3] * alpha
+
+
+def _edges(volume: CodeVolume) -> np.ndarray:
+    """Bool, the shape of the codes (rows, columns): where one of the four neighbours belongs to other structures."""
+    _, sets = np.unique(volume.codebook, axis=0, return_inverse=True)  # codes of the same structures are one area
+    areas = np.pad(sets[volume.codes], 1, mode="edge")
+    inner = areas[1:-1, 1:-1]
+    neighbours = (areas[:-2, 1:-1], areas[2:, 1:-1], areas[1:-1, :-2], areas[1:-1, 2:])
+    return np.logical_or.reduce([inner != neighbour for neighbour in neighbours])
+
+
+def _letter_sides(axes: Axes, letters: str) -> None:
+    """Write which side of the patient lies where: left, right, top, bottom of the picture."""
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    for letter, (x, y), ha, va in zip(
+        letters, places, ("left", "right", "center", "center"), ("center", "center", "top", "bottom"), strict=True
+    ):
+        axes.text(
+            x, y, letter, transform=axes.transAxes, color="white", fontsize=8, ha=ha, va=va,
+            bbox=TEXT_BOX,
+        )  # fmt: skip
+
+
+def niivue(ct: Path, masks: Sequence[Path] = (), opacity: float = 0.5) -> widgets.DOMWidget:
+    """A CT and masks, NIfTI files, in NiiVue's viewer; without the package ipyniivue a line that says how to get it."""
+    try:
+        from ipyniivue import NiiVue
+    except ImportError:
+        return widgets.HTML(
+            "The 3D viewer needs ipyniivue: <code>pip install -e '.[viewer]'</code>, then a new kernel."
+        )
+    viewer = NiiVue()
+    level, width = WINDOWS["soft tissue"]
+    low, high = level - width / 2, level + width / 2
+    scan = {"path": str(ct), "colormap": "gray", "cal_min": low, "cal_max": high}
+    colors = itertools.cycle(("red", "green", "blue", "warm", "cool"))
+    shown = [{"path": str(mask), "colormap": next(colors), "opacity": opacity} for mask in masks]
+    viewer.load_volumes([scan, *shown])
+    return viewer

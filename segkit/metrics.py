@@ -1,10 +1,10 @@
-"""Counts first, ratios after: TP, FP, FN -> Dice, IoU, success rate, detection.
+"""Counts first, ratios after: TP, FP, FN -> Dice, IoU, precision, recall, success rate, detection.
 
 The rule for empty masks, in this one place (reference / prediction):
 
     empty / empty          NaN, left out of every mean; a true negative
-    empty / not empty      Dice and IoU 0; a false alarm
-    not empty / empty      Dice and IoU 0; missed
+    empty / not empty      Dice, IoU and surface Dice 0, distances NaN; a false alarm
+    not empty / empty      Dice, IoU and surface Dice 0, distances NaN; missed
     not annotated          no row, no count
 
 Means leave NaN out at every level and say how many values they are of.
@@ -12,34 +12,81 @@ Means leave NaN out at every level and say how many values they are of.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
 from segkit.codes import CodeVolume
 
 SUCCESS_THRESHOLDS = (0.5, 0.7, 0.8, 0.9)
-DETECTED_DICE = 0.1
+
+_SLAB_VOXELS = 4_000_000
+_DENSE_PAIRS = 4_000_000
 
 
-def joint_counts(reference: CodeVolume, prediction: CodeVolume) -> pd.DataFrame:
-    """TP, FP and FN in voxels for each structure that the reference annotates and the prediction looks for.
+@dataclass(frozen=True)
+class CodePairs:
+    """Which pairs of sets of structures two volumes hold at the same voxels, and how often: all that counts need.
 
-    Counts pairs of codes once for all structures; overlaps count for each of their structures. Both volumes have the
-    same shape. Returns a row a structure, with columns tp, fp, fn.
+    structures: the S names that the reference annotates and the prediction looks for. reference, prediction: bool
+    (P, S), the members of each pair's two sets. voxels: int64 (P,).
+    """
+
+    structures: tuple[str, ...]
+    reference: np.ndarray
+    prediction: np.ndarray
+    voxels: np.ndarray
+
+    def counts(self) -> pd.DataFrame:
+        """TP, FP and FN in voxels: a row a structure, with columns tp, fp, fn; overlaps count for each structure."""
+        tp, of_prediction, of_reference = (
+            self.voxels @ members.astype(np.int64)
+            for members in (self.reference & self.prediction, self.prediction, self.reference)
+        )
+        return pd.DataFrame({"tp": tp, "fp": of_prediction - tp, "fn": of_reference - tp}, index=list(self.structures))
+
+
+def code_pairs(reference: CodeVolume, prediction: CodeVolume) -> CodePairs:
+    """Count the pairs of codes of two volumes of the same shape, once for all structures, a slab at a time.
+
+    Raises ValueError if the shapes differ.
     """
     if reference.codes.shape != prediction.codes.shape:
         raise ValueError(f"shapes differ: reference {reference.codes.shape}, prediction {prediction.codes.shape}")
-    names = [name for name in reference.structures if name in prediction.structures]
-    tables = []
-    for volume in (reference, prediction):
-        tables.append(volume.codebook[:, [volume.structures.index(name) for name in names]].astype(np.int64))
-    pairs = reference.codes.ravel().astype(np.int64) * len(prediction.codebook) + prediction.codes.ravel()
-    seen, number = np.unique(pairs, return_counts=True)
-    of_reference, of_prediction = (
-        tables[i][codes] for i, codes in enumerate(np.divmod(seen, len(prediction.codebook)))
+    names = tuple(name for name in reference.structures if name in prediction.structures)
+    width = len(prediction.codebook)
+    pairs = len(reference.codebook) * width
+    if pairs <= _DENSE_PAIRS:
+        dense = np.zeros(pairs, np.int64)
+        for keys in _keys(reference.codes, prediction.codes, width):
+            dense += np.bincount(keys, minlength=pairs)
+        seen = np.flatnonzero(dense)
+        number = dense[seen]
+    else:  # codebooks of thousands of overlaps each: the pairs that occur are far fewer than those that could
+        slabs = [np.unique(keys, return_counts=True) for keys in _keys(reference.codes, prediction.codes, width)]
+        seen, place = np.unique(np.concatenate([keys for keys, _ in slabs]), return_inverse=True)
+        number = np.zeros(len(seen), np.int64)
+        np.add.at(number, place, np.concatenate([counted for _, counted in slabs]))
+    of_reference, of_prediction = np.divmod(seen, width)
+    return CodePairs(
+        names, _members(reference, names)[of_reference], _members(prediction, names)[of_prediction], number
     )
-    tp = number @ (of_reference * of_prediction)
-    return pd.DataFrame({"tp": tp, "fp": number @ of_prediction - tp, "fn": number @ of_reference - tp}, index=names)
+
+
+def _keys(reference: np.ndarray, prediction: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    """One number a voxel for its pair of codes, int64, some millions of voxels at a time."""
+    reference, prediction = reference.reshape(-1), prediction.reshape(-1)
+    for start in range(0, reference.size, _SLAB_VOXELS):
+        keys = reference[start : start + _SLAB_VOXELS].astype(np.int64)
+        keys *= width
+        keys += prediction[start : start + _SLAB_VOXELS]
+        yield keys
+
+
+def _members(volume: CodeVolume, names: tuple[str, ...]) -> np.ndarray:
+    return volume.codebook[:, [volume.structures.index(name) for name in names]]
 
 
 def dice(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
@@ -50,6 +97,16 @@ def dice(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
 def iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
     """TP / (TP + FP + FN) (Jaccard 1912), which is Dice / (2 - Dice); NaN where all three are 0."""
     return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fp + fn)
+
+
+def precision(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    """TP / (TP + FP): the share of the prediction that is right; NaN where nothing is predicted."""
+    return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fp)
+
+
+def recall(tp: np.ndarray, fn: np.ndarray) -> np.ndarray:
+    """TP / (TP + FN): the share of the reference that was found; NaN where the reference is empty."""
+    return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fn)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -77,13 +134,3 @@ def success_rate(dice_values: np.ndarray, threshold: float) -> float:
     values = np.asarray(dice_values, float)
     values = values[~np.isnan(values)]
     return float((values >= threshold).mean()) if values.size else float("nan")
-
-
-def macro_dice(scores: pd.DataFrame) -> tuple[float, int]:
-    """The headline: per structure the mean Dice over the subjects whose reference holds it, then their mean.
-
-    scores: rows with columns structure, present and dice. Returns the mean and the number of structures; (NaN, 0)
-    if no reference holds any.
-    """
-    per_structure = scores[scores["present"]].groupby("structure")["dice"].mean()
-    return (float(per_structure.mean()), len(per_structure)) if len(per_structure) else (float("nan"), 0)

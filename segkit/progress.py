@@ -9,11 +9,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from segkit import figures
+from segkit import figures, pictures
 from segkit.checkpoints import Checkpoint, load_checkpoint
 from segkit.dataset import Data
 from segkit.inference import Predictor
 from segkit.report import spread_slices
+from segkit.styles import save_figure
 
 
 class Progress:
@@ -28,10 +29,10 @@ class Progress:
 
     def __call__(self, history: Sequence[Mapping]) -> tuple[Figure, Figure]:
         curves = figures.plot_history(history)
-        figures.save_figure(self.folder / "training_history.png", curves)
+        save_figure(self.folder / "training_history.png", curves)
         newest = load_checkpoint(self.folder / f"checkpoint_epoch{history[-1]['epoch']}.pth")
         samples = sample_predictions(self.data, [newest], self.device, self.slices)
-        figures.save_figure(self.folder / "sample_predictions.png", samples)
+        save_figure(self.folder / "sample_predictions.png", samples)
         for figure in (curves, samples):
             plt.close(figure)  # a shell's training may draw hundreds
         return curves, samples
@@ -40,7 +41,7 @@ class Progress:
 def sample_predictions(
     data: Data, checkpoints: Sequence[Checkpoint], device: str | None = None, slices: int = 3
 ) -> Figure:
-    """Slices of the first validation subject on its own grid: CT, ground truth, prediction, difference."""
+    """Slices of the first validation subject on its own grid, as `pictures.plot_predictions` shows them."""
     part = data.split.val[0]
     subject, predictor = data.staged[part.subject], Predictor.of(checkpoints, device=device)
     chosen = spread_slices(subject.labels(), part, slices)
@@ -49,7 +50,7 @@ def sample_predictions(
         (f"{subject.name}, slice {z}", subject.hu(z), subject.labels(z), predicted[z], subject.spacing_mm[1:])
         for z in chosen
     ]
-    return figures.plot_predictions(
+    return pictures.plot_predictions(
         samples, f"{subject.name} (val split), {', '.join(c.path.name for c in checkpoints)}"
     )
 

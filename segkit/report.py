@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,54 +11,113 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from segkit import evaluation, figures, meshes
+from segkit import cases, evaluation, figures, meshes, pages, pictures, rankings, summaries
 from segkit.codes import CodeVolume
-from segkit.runs import time_stamp, write_json, write_whole
-from segkit.staging import StagedSubject
+from segkit.confusion import worst_pairs
+from segkit.dataset import Data
+from segkit.evaluation import Evaluation
+from segkit.report_page import Section, write_report_page
+from segkit.runs import make_folder, time_stamp, write_json, write_whole
+from segkit.styles import save_figure
 from segkit.subjects import Part
+
+CAPTIONS = {
+    "metrics_distribution": "The cases (a subject and a structure that it holds), and a box a group.",
+    "structure_ranking": "Mean Dice over the subjects that hold a structure, with a bootstrap 95 % interval.",
+    "success_rates": "The share of the cases that reach a Dice threshold.",
+    "dice_by_volume": "Small structures lose more Dice to the same error at their surface.",
+    "subject_overview": "Each subject's structures; missed ones and false alarms beside them.",
+    "confusion": "Whose voxels were called what, in per cent of the structure's volume in the reference.",
+    "best_median_worst": "The lowest, the middle and the highest Dice of all cases.",
+    "segmentation_visualization": "Ground truth, prediction and where they differ.",
+}
+"""What stands below the heading of each figure of the report."""
 
 
 @dataclass
 class Report:
-    """Scores of one evaluation and where its files go; all of them carry the same stamp."""
+    """An evaluation of the test split of `data` and where its files go; all of them carry the same stamp."""
 
-    scores: pd.DataFrame  # the table of evaluation.evaluate
-    split: str
+    evaluated: Evaluation
+    data: Data
     output_dir: Path
+    predictions_dir: Path  # where `evaluation.evaluate` kept the predictions
     stamp: str = field(default_factory=time_stamp)
     files: list[Path] = field(default_factory=list)
+    outcome: dict | None = None  # of `summary`
+    _sections: list[Section] = field(default_factory=list)
+
+    @property
+    def split(self) -> str:
+        """The split that was scored: "test", or "val" where validation subjects stand in."""
+        return self.data.split.test_name
 
     def table(self) -> Path:
         """`evaluation_results_<stamp>.csv`: a row a subject and structure; NaN is an empty cell."""
-        path = Path(self.output_dir) / f"evaluation_results_{self.stamp}.csv"
-        return self._keep(write_whole(path, lambda temporary: self.scores.to_csv(temporary, index=False)))
+        return self._write_csv("evaluation_results", self.evaluated.scores)
 
-    def summary(self, upper_bound: pd.DataFrame, checkpoints: Sequence[Path]) -> dict:
-        """`evaluation_summary_<stamp>.json`: the headline of the scores, and of the reference through TARGET_SHAPE."""
-        content = {
+    def confusion_table(self) -> Path:
+        """`evaluation_confusion_<stamp>.csv`: a row a pair of structures that were confused, over all subjects."""
+        return self._write_csv("evaluation_confusion", worst_pairs(self.evaluated.confusion, self.evaluated.scores))
+
+    def summary(self, upper_bound: Evaluation, checkpoints: Sequence[Path]) -> dict:
+        """`evaluation_summary_<stamp>.json`: the headline, the same for the reference through TARGET_SHAPE, all means.
+
+        `means`: of each protocol of `summaries.aggregate` its rows; None where there is no value.
+        """
+        scores = self.evaluated.scores
+        self.outcome = {
             "split": self.split,
             "checkpoints": [str(path) for path in checkpoints],
-            "prediction": evaluation.summarize(self.scores),
-            "reference_through_target_shape": evaluation.summarize(upper_bound),
+            "found_at_dice": float(scores["found_at_dice"].iloc[0]),
+            "nsd_tolerance_mm": float(scores["nsd_tolerance_mm"].iloc[0]),
+            "prediction": summaries.summarize(scores),
+            "reference_through_target_shape": summaries.summarize(upper_bound.scores),
+            "means": {
+                protocol: _records(summaries.aggregate(scores, protocol=protocol)) for protocol in summaries.PROTOCOLS
+            },
         }
-        self._keep(write_json(Path(self.output_dir) / f"evaluation_summary_{self.stamp}.json", content))
-        return content
+        self._keep(write_json(Path(self.output_dir) / f"evaluation_summary_{self.stamp}.json", self.outcome))
+        return self.outcome
 
     def distribution(self) -> Figure:
         """`metrics_distribution_<stamp>.png`."""
-        return self._save("metrics_distribution", figures.plot_distribution(self.scores, self.split))
+        return self._save("metrics_distribution", figures.plot_distribution(self.evaluated.scores, self.split))
 
     def ranking(self) -> Figure:
         """`structure_ranking_<stamp>.png`."""
-        table = evaluation.per_structure(self.scores)
-        return self._save("structure_ranking", figures.plot_ranking(table, self.split))
+        table = summaries.per_structure(self.evaluated.scores)
+        return self._save("structure_ranking", rankings.plot_ranking(table, self.split))
 
     def success(self) -> Figure:
         """`success_rates_<stamp>.png`."""
-        return self._save("success_rates", figures.plot_success_rates(self.scores, self.split))
+        return self._save("success_rates", figures.plot_success_rates(self.evaluated.scores, self.split))
 
-    def visualization(self, subject: StagedSubject, part: Part, prediction: CodeVolume, slices: int = 4) -> Figure:
-        """`segmentation_visualization_<stamp>.png`: CT, ground truth, prediction, difference of some slices."""
+    def volume(self) -> Figure:
+        """`dice_by_volume_<stamp>.png`."""
+        return self._save("dice_by_volume", figures.plot_volume(self.evaluated.scores, self.split))
+
+    def subjects(self) -> Figure:
+        """`subject_overview_<stamp>.png`."""
+        return self._save("subject_overview", figures.plot_subjects(self.evaluated.scores, self.split))
+
+    def confusion(self) -> Figure:
+        """`confusion_<stamp>.png`."""
+        pairs = worst_pairs(self.evaluated.confusion, self.evaluated.scores)
+        return self._save("confusion", rankings.plot_confusion(pairs, self.split))
+
+    def cases(self) -> Figure:
+        """`best_median_worst_<stamp>.png`: of all cases the worst, the median and the best, at their largest slice."""
+        samples = []
+        for row in cases.pick_cases(self.evaluated.scores).to_dict("records"):
+            subject, prediction = self._subject(row["subject"])
+            samples.append(cases.case_sample(row, subject, self.data.test_part(row["subject"]), prediction))
+        return self._save("best_median_worst", cases.plot_cases(samples, f"{self.split} split"))
+
+    def visualization(self, subject_name: str | None = None, slices: int = 4) -> Figure:
+        """`segmentation_visualization_<stamp>.png`: some slices of a subject, of the first one by default."""
+        part = self.data.test_part(subject_name)
+        subject, prediction = self._subject(part.subject)
         reference = subject.labels()
         samples = [
             (
@@ -70,24 +130,96 @@ class Report:
             for z in spread_slices(reference, part, slices)
         ]
         title = f"{subject.name} ({self.split} split)"
-        return self._save("segmentation_visualization", figures.plot_predictions(samples, title))
+        return self._save("segmentation_visualization", pictures.plot_predictions(samples, title))
 
-    def page(self, subject: StagedSubject, prediction: CodeVolume) -> Path:
-        """`3d_<subject>_<stamp>.html`: ground truth and prediction as meshes, opens without a network."""
+    def page(self, subject_name: str | None = None) -> Path:
+        """`3d_<subject>_<stamp>.html`: ground truth and prediction as meshes, and how far apart they are."""
+        subject, prediction = self._subject(self.data.test_part(subject_name).subject)
         layers = {
             "ground truth": meshes.make_meshes(subject.labels(), subject.grid),
             "prediction": meshes.make_meshes(prediction, subject.grid),
         }
         path = Path(self.output_dir) / f"3d_{subject.name}_{self.stamp}.html"
-        return self._keep(meshes.write_page(path, meshes.mesh_figure(subject.name, layers)))
+        return self._keep(pages.write_page(path, pages.mesh_figure(subject.name, layers)))
+
+    def report(self) -> Path:
+        """`report_<stamp>.html`: the summary, the figures made so far and the tables on one page; after `summary`."""
+        scores = self.evaluated.scores
+        pairs = worst_pairs(self.evaluated.confusion, scores).head(60)
+        tables = [
+            Section("Means", MEANS_TEXT, table=summaries.aggregate(scores)),
+            Section("Success rates", CAPTIONS["success_rates"], table=summaries.success_rates(scores).reset_index()),
+            *self._sections,
+            Section("All structures", "Best first; n: subjects that hold it.", table=summaries.per_structure(scores)),
+            Section("All subjects", "Best first; n: structures that it holds.", table=summaries.per_subject(scores)),
+            Section("What was called what", "The pairs with the largest shares.", table=pairs),
+        ]
+        lead = [
+            headline(self.outcome),
+            f"Found means a Dice of {self.outcome['found_at_dice']:g} or more; surface Dice at "
+            f"{self.outcome['nsd_tolerance_mm']:g} mm. Model: {', '.join(self.outcome['checkpoints'])}. "
+            "For education and research, not for diagnosis.",
+        ]
+        path = Path(self.output_dir) / f"report_{self.stamp}.html"
+        return self._keep(write_report_page(path, f"Evaluation {self.stamp}, {self.split} split", lead, tables))
+
+    def everything(self, upper_bound: Evaluation, checkpoints: Sequence[Path]) -> list[Path]:
+        """All files, the report last."""
+        self.table()
+        self.confusion_table()
+        self.summary(upper_bound, checkpoints)
+        for draw in (
+            self.ranking, self.distribution, self.success, self.volume, self.subjects, self.confusion, self.cases,
+            self.visualization, self.page, self.report,
+        ):  # fmt: skip
+            draw()
+        return self.files
+
+    def _subject(self, name: str) -> tuple:
+        subject = self.data.staged[name]
+        return subject, evaluation.load_prediction(self.predictions_dir, subject)
 
     def _save(self, name: str, figure: Figure) -> Figure:
-        self._keep(figures.save_figure(Path(self.output_dir) / f"{name}_{self.stamp}.png", figure))
+        path = save_figure(Path(self.output_dir) / f"{name}_{self.stamp}.png", figure)
+        self._sections.append(Section(name.replace("_", " ").capitalize(), CAPTIONS[name], self._keep(path)))
         return figure
+
+    def _write_csv(self, name: str, table: pd.DataFrame) -> Path:
+        path = Path(self.output_dir) / f"{name}_{self.stamp}.csv"
+        return self._keep(write_whole(path, lambda temporary: table.to_csv(temporary, index=False)))
 
     def _keep(self, path: Path) -> Path:
         self.files.append(path)
         return path
+
+
+def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: str | Path) -> list[Path]:
+    """`comparison_<stamp>.csv`, the table of `comparison.compare`, and a figure of each further model.
+
+    `first`: what the model is called that the others are compared with.
+    """
+    stamp, folder = time_stamp(), make_folder(output_dir)
+    path = folder / f"comparison_{stamp}.csv"
+    files = [write_whole(path, lambda temporary: table.to_csv(temporary, index=False))]
+    for number, (name, rows) in enumerate(table.groupby("model", sort=False), start=2):
+        figure = rankings.plot_comparison(rows, (first, name), measure)
+        files.append(save_figure(folder / f"comparison_{number}_{stamp}.png", figure))
+    return files
+
+
+MEANS_TEXT = (
+    "Over structures: per structure the mean over the subjects that hold it, then over structures. Over cases: all "
+    "pairs of subject and structure alike, false alarms with 0. Over subjects: per subject, then over subjects. "
+    "low, high: bootstrap 95 % over subjects. Distances are of what was found."
+)
+
+
+def _records(table: pd.DataFrame) -> list[dict]:
+    """The rows as plain types, None for NaN."""
+    return [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def spread_slices(reference: CodeVolume, part: Part, number: int) -> list[int]:
@@ -104,8 +236,10 @@ def headline(summary: dict) -> str:
     of_scores, of_bound = (
         "no score" if each["macro_dice"] is None else f"{each['macro_dice']:.3f}" for each in (scores, bound)
     )
+    low, high = scores["macro_dice_low"], scores["macro_dice_high"]
+    sure = "" if low is None else f" (95 % interval {low:.3f} to {high:.3f})"
     return (
-        f"macro Dice {of_scores} over {scores['structures']} structures of "
+        f"macro Dice {of_scores}{sure} over {scores['structures']} structures of "
         f"{scores['subjects']} subjects ({summary['split']} split); the reference itself, through TARGET_SHAPE and "
         f"back: {of_bound}. "
         f"{scores['found']} cases found, {scores['missed']} missed, {scores['false_alarms']} false alarms, "

@@ -131,6 +131,26 @@ class TrainSettings:
         return self.patch_slices if self.model == "unet3d" else 1
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What a person chooses about scores; the table names it in its columns."""
+
+    detected_dice: float = 0.1  # from this Dice on a structure counts as found
+    tolerance_mm: float = 3.0  # surface Dice: how far apart surfaces may lie
+    jobs: int = 1  # subjects staged, and structures measured, at the same time
+
+    def checked(self) -> Scoring:
+        """Itself; SegkitError that names the setting, what was expected and what was found."""
+        _real("detected_dice", self.detected_dice, 1e-6, 1)  # at 0 everything would be found
+        _real("tolerance_mm", self.tolerance_mm, 1e-6, 1e6)
+        _check_whole("jobs", self.jobs, 1)
+        return self
+
+
+SCORING = Scoring()
+"""The usual one."""
+
+
 def _check_model(model: str, features: tuple[int, ...], patch_slices: int, context: int) -> None:
     step = 2 ** len(features)
     if model == "attention_unet" and min(features) < 2:

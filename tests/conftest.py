@@ -45,6 +45,38 @@ def phantom_data(phantom_dir, tmp_path_factory) -> dataset.Data:
     return dataset.open_data(phantom_dir, tmp_path_factory.mktemp("stage"), progress=False)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium without a screen, with WebGL; skips where it is not installed.
+
+    For a module, not longer: while it is open its event loop runs in this thread, and notebooks need one of their own.
+    """
+    if CHROMIUM is None:
+        pytest.skip("no chromium: pages were not opened in a browser")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
+             "--disable-background-networking"]  # fmt: skip
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(browser):
+    """A fresh tab; afterwards nothing must have gone wrong in it, and nothing been fetched but files."""
+    tab = browser.new_page(viewport={"width": 1200, "height": 800})
+    requests, errors = [], []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    yield tab
+    tab.close()
+    assert errors == [] and all(url.startswith(("file:", "blob:", "data:")) for url in requests)
+
+
 def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> Path:
     """Write a volume with nibabel, not with segkit."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,16 @@ def segkit(*arguments, cwd, ok=True):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", ["", "phantom", "download", "audit", "stage", "train", "evaluate", "demo", "check"])
+@pytest.mark.parametrize(
+    "verb", ["", "phantom", "download", "audit", "stage", "train", "evaluate", "compare", "demo", "check"]
+)
 def test_help_explains_every_verb_and_flag(verb):
     text = segkit(*([verb] if verb else []), "--help", cwd=ROOT)
     assert "usage: python -m segkit" in text
     if not verb:
         assert all(
-            name in text for name in ("phantom", "download", "audit", "stage", "train", "evaluate", "demo", "check")
+            name in text
+            for name in ("phantom", "download", "audit", "stage", "train", "evaluate", "compare", "demo", "check")
         )
 
 
@@ -41,12 +44,22 @@ def test_the_verbs_one_after_the_other(tmp_path):
     outputs = tmp_path / "outputs"
     for pattern in (
         "checkpoint_epoch1.pth", "training_history.png", "evaluation_results_*.csv", "evaluation_summary_*.json",
-        "metrics_distribution_*.png", "structure_ranking_*.png", "success_rates_*.png",
-        "segmentation_visualization_*.png", "3d_s000?_*.html",
+        "evaluation_confusion_*.csv", "metrics_distribution_*.png", "structure_ranking_*.png", "success_rates_*.png",
+        "dice_by_volume_*.png", "subject_overview_*.png", "confusion_*.png", "best_median_worst_*.png",
+        "segmentation_visualization_*.png", "3d_s000?_*.html", "report_*.html",
     ):  # fmt: skip
         assert len(list(outputs.glob(pattern))) == 1, pattern
     summary = json.loads(next(outputs.glob("evaluation_summary_*.json")).read_text())
     assert summary["split"] == "test" and summary["prediction"]["subjects"] == 1
+    assert set(summary["means"]) == {"segkit", "totalsegmentator", "nnunet"}
+    [table] = outputs.glob("evaluation_results_*.csv")
+    shutil.copy(table, tmp_path / "again.csv")
+    segkit("compare", table, "again.csv", "--names", "one", "two", cwd=tmp_path)
+    assert len(list(outputs.glob("comparison_2_*.png"))) == 1
+    [compared] = outputs.glob("comparison_*.csv")
+    rows = list(csv.DictReader(compared.open()))
+    assert rows[0]["structure"] == "all structures" and {float(row["difference"]) for row in rows} == {0.0}
+    assert "1 names for 2 tables" in segkit("compare", table, table, "--names", "one", cwd=tmp_path, ok=False)
 
 
 def test_a_damaged_subject_is_audited_skipped_or_stops_a_strict_run(phantom_dir, tmp_path):

@@ -31,10 +31,10 @@ def test_staging_and_evaluation_on_a_local_cluster(phantom_dir, phantom_data, cl
     model = UNet2D(out_channels=3, features=(4, 8))
     predictor = Predictor(model, {"liver": 0, "aorta": 1, "spleen": 2}, (32, 32), device="cpu")
     everyone = [*phantom_data.split.train, *phantom_data.split.test]
-    here = evaluate(predictor, phantom_data.staged, everyone, "all", progress=False)
+    here = evaluate(predictor, phantom_data.staged, everyone, "all", progress=False).scores
     with joblib.parallel_config(backend="dask"):
         data = open_data(phantom_dir, tmp_path / "staged", jobs=None, progress=False)
-        there = evaluate(predictor, data.staged, everyone, "all", tmp_path / "predictions", progress=False)
+        there = evaluate(predictor, data.staged, everyone, "all", tmp_path / "predictions", progress=False).scores
     assert here.equals(there)
     for name, subject in data.staged.items():
         assert np.array_equal(subject.hu(), phantom_data.staged[name].hu())

@@ -1,15 +1,15 @@
-import io
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 from PIL import Image
 
-from segkit import figures
-from segkit.codes import encode
-from segkit.evaluation import per_structure, score_subject
-from segkit.labels import rgb_of
+from segkit import figures, styles
+from segkit.errors import SegkitError
+from segkit.labels import GROUPS, group_of, official_names
 
 
 @pytest.fixture(autouse=True)
@@ -18,112 +18,168 @@ def close_figures():
     plt.close("all")
 
 
-def volume_of(**masks):
-    masks = {name: np.array(mask) for name, mask in masks.items()}
-    return encode(masks.items(), next(iter(masks.values())).shape)
+def table_of(*rows):
+    """Scores from rows of subject, structure, dice, hd95_mm and reference_ml; a volume of 0 is not held."""
+    table = pd.DataFrame(rows, columns=["subject", "structure", "dice", "hd95_mm", "reference_ml"])
+    table["group"] = [group_of(name) for name in table["structure"]]
+    table["present"] = table["reference_ml"] > 0
+    found = table["dice"] >= 0.1
+    words = [found & table["present"], table["present"], table["dice"].notna()]
+    table["detection"] = np.select(words, ["found", "missed", "false alarm"], "correctly absent")
+    return table.assign(
+        iou=table["dice"] / (2 - table["dice"]), nsd=table["dice"], nsd_tolerance_mm=3.0, found_at_dice=0.1
+    )
 
 
-def test_the_front_is_at_the_top_and_the_right_on_the_left():
-    plane = np.zeros((4, 6))
-    plane[3, 5] = 1  # canonical y grows to the front, x to the patient's right
-    assert np.argwhere(figures.hang(plane)).tolist() == [[0, 0]]
+SCORES = table_of(
+    ("s1", "liver", 0.9, 4.0, 1500.0), ("s1", "spleen", 0.5, 20.0, 200.0), ("s1", "rib_left_1", 0.0, np.nan, 3.0),
+    ("s2", "liver", 0.7, 0.0, 1200.0), ("s2", "spleen", 0.0, np.nan, 0.0), ("s2", "rib_left_1", np.nan, np.nan, 0.0),
+    ("s2", "my_own", 0.8, 2.0, 10.0), ("s3", "spleen", 0.0, np.nan, 0.0),
+)  # fmt: skip
+"""Five held cases: organs .9, .5, .7; ribs 0 (missed); other .8. Two false alarms."""
 
-
-def test_the_torso_hangs_as_radiologists_expect(torso_dir, tmp_path):
-    from segkit.dataset import open_data
-
-    data = open_data(torso_dir, tmp_path, progress=False)
-    subject = data.staged["s0000"]
-    labels = subject.labels(95)
-    rows, columns = {}, {}
-    for name in ("liver", "spleen", "autochthon_left", "aorta", "colon"):
-        rows[name], columns[name] = np.argwhere(figures.hang(labels.mask(name))).mean(0)
-    assert columns["liver"] < columns["aorta"] < columns["spleen"]  # liver on the left of the picture
-    assert rows["autochthon_left"] > rows["aorta"] > rows["colon"]  # the back muscles at the bottom
-
-
-def test_window_by_hand():
-    assert figures.window(np.array([-500, -160, 40, 240, 900])).tolist() == [0, 0, 0.5, 1, 1]
-
-
-def test_overlay_shows_the_structures_colour_and_the_mean_of_an_overlap():
-    volume = volume_of(liver=[[1, 1, 0]], aorta=[[0, 1, 0]])
-    picture = figures.overlay(np.full((1, 3), 40), volume, opacity=1.0)[:, ::-1][0] * 255
-    liver, aorta = np.array(rgb_of("liver")), np.array(rgb_of("aorta"))
-    assert np.allclose(picture[0], liver) and np.allclose(picture[1], (liver + aorta) / 2)
-    assert np.allclose(picture[2], 127.5)
-    assert np.allclose(figures.overlay(np.full((1, 3), 40), volume, opacity=0), 0.5)
-
-
-def test_difference_by_hand():
-    reference = volume_of(a=[[0, 1, 1, 0, 1, 1]], b=[[0, 0, 0, 0, 1, 0]], mine=[[1, 0, 0, 0, 0, 0]])
-    prediction = volume_of(a=[[0, 1, 0, 1, 1, 0]], b=[[0, 0, 0, 0, 1, 1]])
-    # background (`mine` is not looked for), agrees, missed, false alarm, agrees on both, another structure
-    assert figures.difference(reference, prediction).tolist() == [[0, 1, 2, 3, 1, 4]]
-
-
-def scores_of(subjects=3):
-    random = np.random.default_rng(0)
-    tables = []
-    for number in range(subjects):
-        names = ["liver", "spleen", "aorta", "rib_left_1", "vertebrae_L1", "my_own", "prostate"]
-        reference = {n: random.random(60) < 0.5 for n in names[:-1]} | {"prostate": np.zeros(60)}
-        prediction = {n: m ^ (random.random(60) < 0.1) for n, m in list(reference.items())[:-1]} | {
-            "prostate": np.zeros(60)
-        }
-        tables.append(score_subject(f"s{number}", "test", volume_of(**reference), volume_of(**prediction)))
-    return pd.concat(tables, ignore_index=True)
+NOTHING_HELD = SCORES[~SCORES["present"]]
+NO_SCORES = SCORES.iloc[:0]
 
 
 def texts(figure):
-    return " | ".join(t.get_text() for t in figure.findobj(plt.Text))
+    return " | ".join(text.get_text() for text in figure.findobj(plt.Text) if text.get_text())
 
 
-def test_every_figure_names_its_split_and_its_numbers():
-    scores = scores_of()
-    distribution = figures.plot_distribution(scores, "test")
-    assert "18 cases, test split" in texts(distribution) and "ribs (n = 3)" in texts(distribution)
-    ranking = figures.plot_ranking(per_structure(scores), "val")
-    assert "val split" in texts(ranking) and "liver (3)" in texts(ranking) and "prostate" not in texts(ranking)
-    success = figures.plot_success_rates(scores, "test")
-    assert "test split" in texts(success) and "all (18)" in texts(success)
-    curve = success.axes[0].lines[0].get_ydata()
-    assert curve[0] == 1 and (np.diff(curve) <= 0).all()
-
-
-def test_a_ranking_of_117_structures_has_a_bar_each_in_its_colour():
-    from matplotlib.colors import to_hex
-
-    from segkit.labels import color_of, official_names
-
-    table = pd.DataFrame({"structure": official_names(), "dice": np.linspace(1, 0, 117), "n": 2})
-    figure = figures.plot_ranking(table, "test")
-    bars = [bar for axes in figure.axes for bar in axes.patches]
-    assert [to_hex(bar.get_facecolor()) for bar in bars] == [color_of(name) for name in official_names()]
+def test_every_group_has_a_style_of_its_own_without_colour():
+    assert set(styles.GROUP_STYLES) == set(GROUPS) == {group_of(name) for name in official_names()} | {"other"}
+    looks = styles.GROUP_STYLES.values()
+    assert len({look.marker for look in looks}) == len(GROUPS)
+    assert len({(look.color, str(look.line)) for look in looks}) == len(GROUPS)
 
 
 def test_history_with_and_without_scores():
-    rows = [{"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, "val_dice": d} for e, d in ((1, None), (2, 0.4))]
+    rows = [
+        {"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, "val_dice": d, "val_structures": n}
+        for e, d, n in ((1, None, 0), (2, 0.4, 61), (3, None, 0))
+    ]
     figure = figures.plot_history(rows)
-    assert figure.axes[1].lines[0].get_ydata()[1] == 0.4 and len(figure.axes[0].lines) == 2
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[1, 1 / 2, 1 / 3], [2, 1, 2 / 3]]
+    (dice,) = figure.axes[1].lines
+    assert (dice.get_xdata().tolist(), dice.get_ydata().tolist()) == ([2], [0.4])
+    assert "val split, 61 structures" in texts(figure)
+    for early in (rows[:1], [rows[0] | {"val_loss": None}]):
+        figures.plot_history(early).canvas.draw()
+    assert texts(figures.plot_history([])) == "no epoch is done yet"
 
 
-def test_slices_keep_their_proportions_in_mm_and_no_panel_is_empty(phantom_data):
-    subject = next(iter(phantom_data.staged.values()))
-    z = subject.shape[0] // 2
-    sample = (subject.name, subject.hu(z), subject.labels(z), (5.0, 2.0))
-    figure = figures.plot_slices([sample])
-    assert figure.axes[0].get_aspect() == 2.5
-    other = figures.plot_predictions(
-        [(subject.name, subject.hu(z), subject.labels(z), subject.labels(z), (1.0, 1.0))], "x"
-    )
-    for each in (figure, other):
-        buffer = io.BytesIO()
-        each.savefig(buffer, format="png")
-        assert np.asarray(Image.open(buffer)).std() > 5
-        assert all(np.asarray(axes.images[0].get_array()).std() > 0.01 for axes in each.axes)
+def test_distribution_by_hand():
+    figure = figures.plot_distribution(SCORES, "val")
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches if bar.get_height()] == [1] * 5
+    assert left.get_title() == "5 cases, val split" and "mean 0.58" in texts(figure) and "median 0.7" in texts(figure)
+    labels = [label.get_text() for label in right.get_yticklabels()]
+    assert labels == ["organs (n = 3)", "ribs (n = 1)", "other (n = 1)"]
+    points = [sorted(cases.get_offsets()[:, 0].tolist()) for cases in right.collections]
+    assert points == [[0.5, 0.7, 0.9], [0], [0.8]]
+    means = [line.get_xdata().item() for line in right.lines if line.get_marker() == "D"]
+    assert means == pytest.approx([0.7, 0, 0.8])
+
+
+def test_distances_name_how_many_were_missed_and_have_a_place_for_0():
+    figure = figures.plot_distribution(SCORES, "test", "hd95_mm")
+    left, right = figure.axes
+    assert left.get_title() == "4 cases, test split\n1 more missed: nothing predicted, no value"
+    assert sum(bar.get_height() for bar in left.patches) == 4
+    assert [label.get_text() for label in right.get_yticklabels()][1] == "ribs (n = 0, 1 missed)"
+    assert left.get_xscale() == "symlog" and left.get_xlim()[0] == 0 and left.get_xlabel() == "HD95 (mm)"
+    assert figures.plot_distribution(SCORES, "test", "nsd").axes[1].get_xlabel() == "surface Dice at 3 mm"
+    figure.canvas.draw()
+    with pytest.raises(SegkitError, match="'volume': choose one of dice, iou"):
+        figures.plot_distribution(SCORES, "test", "volume")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 5000), min_size=1, max_size=30))
+def test_every_distance_falls_into_a_bin(distances):
+    values = np.array(distances)
+    assert np.histogram(values, figures._bins(values, "assd_mm"))[0].sum() == len(values)
+
+
+def test_success_rates_by_hand():
+    figure = figures.plot_success_rates(SCORES, "test")
+    *groups, everything = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 101)
+    assert [line.get_label() for line in groups] == ["organs (3)", "ribs (1)", "other (1)"]
+    at_half, at_seven, above = ([line.get_ydata()[place] for line in groups] for place in (50, 70, 71))
+    assert at_half == [1, 0, 1] and at_seven == pytest.approx([2 / 3, 0, 1]) and above == pytest.approx([1 / 3, 0, 1])
+    thresholds, shares = everything.get_data()
+    by_hand = {0.0: 5 / 5, 0.01: 4 / 5, 0.5: 4 / 5, 0.7: 3 / 5, 0.71: 2 / 5, 0.9: 1 / 5, 0.91: 0}
+    at = dict(zip(thresholds.tolist(), shares.tolist(), strict=True))
+    assert {threshold: at[threshold] for threshold in by_hand} == pytest.approx(by_hand)
+    assert "test split (above: share of all 5 cases)" in texts(figure)
+    figure.canvas.draw()  # the marks above the chart: their place is a threshold
+    assert "≥ 0.5\n80%" in texts(figure) and "≥ 0.9\n20%" in texts(figure)
+
+
+def test_volumes_by_hand():
+    figure = figures.plot_volume(SCORES, "test")
+    axes = figure.axes[0]
+    drawn = np.concatenate([points.get_offsets() for points in axes.collections]).tolist()
+    assert sorted(drawn) == [[3, 0], [10, 0.8], [200, 0.5], [1200, 0.7], [1500, 0.9]]
+    assert axes.get_xscale() == "log" and "5 cases, test split" in axes.get_title()
+    assert not axes.lines  # five cases are too few for a running median
+    colors = [to_hex(points.get_facecolor()[0]) for points in axes.collections]
+    assert colors == [styles.GROUP_STYLES[group].color for group in ("organs", "ribs", "other")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 400), st.integers(0, 99))
+def test_the_running_median_is_that_of_pandas(cases, seed):
+    volume, dice = np.random.default_rng(seed).random((2, cases)).round(2)  # with ties
+    volumes, medians, window = figures.running_median(volume, dice)
+    table = pd.DataFrame({"volume": volume, "dice": dice}).sort_values("volume", kind="stable")
+    expected = table.rolling(window).median().dropna()
+    assert window % 2 == 1 and np.allclose(volumes, expected["volume"]) and np.allclose(medians, expected["dice"])
+
+
+def test_subjects_by_hand():
+    figure = figures.plot_subjects(SCORES, "test")
+    top, bottom = figure.axes
+    [_, (s1_from, s1_to), *_] = top.collections[0].get_segments()
+    assert [s1_from[1], s1_to[1]] == pytest.approx([0.25, 0.7])  # quartiles of 0, .5, .9
+    assert top.lines[0].get_ydata()[:2].tolist() == pytest.approx([0.75, 1.4 / 3])
+    assert [bar.get_height() for bar in bottom.patches] == [0, 1, 0, -1, 0, -1]  # missed, then false alarms
+    assert [label.get_text() for label in bottom.get_xticklabels()] == ["s2 (2)", "s1 (3)", "s3 (0)"]
+    for words in ("3 subjects, test split", "missed, Dice below 0.1 (1)", "false alarms (2)"):
+        assert words in texts(figure)
+
+
+def overlaps(figure, labels):
+    """How many of these texts touch another one of them when they are drawn."""
+    boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in labels if label.get_text()]
+    return sum(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+
+
+def test_ninety_subjects_have_labels_that_do_not_touch():
+    names = official_names()[:5]
+    table = table_of(*[(f"s{i:04d}", name, 0.5, 1.0, 5.0) for i in range(90) for name in names])
+    figure = figures.plot_subjects(table, "test")
+    figure.canvas.draw()
+    assert overlaps(figure, figure.axes[1].get_xticklabels()) == 0
+
+
+CHARTS = [figures.plot_distribution, figures.plot_success_rates, figures.plot_volume, figures.plot_subjects]
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_little_is_drawn_and_nothing_is_a_sentence(chart):
+    all_missed = SCORES.assign(dice=0.0, detection="missed")
+    for table in (SCORES[:1], SCORES[2:3], all_missed, SCORES[SCORES["subject"] == "s1"], NOTHING_HELD):
+        figure = chart(table, "val")
+        figure.canvas.draw()
+        assert "val split" in texts(figure)
+    for table in (NO_SCORES, SCORES.assign(dice=np.nan, hd95_mm=np.nan)):
+        figure = chart(table, "val")
+        figure.canvas.draw()
+        assert "val split" in texts(figure)
+    assert not figures.plot_distribution(SCORES[2:3], "val", "hd95_mm").axes  # only a sentence
 
 
 def test_saved_whole(tmp_path):
-    path = figures.save_figure(tmp_path / "a.png", figures.plot_success_rates(scores_of(), "test"))
+    path = styles.save_figure(tmp_path / "a.png", figures.plot_success_rates(SCORES, "test"))
     assert Image.open(path).size[0] > 500 and list(tmp_path.iterdir()) == [path]

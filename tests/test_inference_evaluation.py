@@ -7,9 +7,11 @@ from torch import nn
 from segkit import evaluation
 from segkit.codes import CodeVolume, encode
 from segkit.errors import SegkitError
-from segkit.evaluation import COLUMNS, per_structure, score_subject, success_rates, summarize
+from segkit.evaluation import COLUMNS, score_subject
 from segkit.inference import Predictor, round_trip
+from segkit.settings import Scoring
 from segkit.subjects import Part
+from segkit.summaries import summarize
 
 
 class Threshold(nn.Module):
@@ -75,13 +77,18 @@ def test_the_reference_through_a_fine_grid_is_almost_itself_and_through_a_coarse
     scores = {}
     for side in (128, 64, 32):
         back = round_trip(subject, structures, (side, side))
-        scores[side] = summarize(score_subject(subject.name, "test", subject.labels(), back))["macro_dice"]
+        scored = score_subject(subject.name, "test", subject.labels(), back, subject.spacing_mm)
+        scores[side] = summarize(scored.scores)["macro_dice"]
     assert scores[128] > 0.97 > scores[64] > scores[32]
 
 
 def volume_of(**masks) -> CodeVolume:
-    masks = {name: np.array(mask) for name, mask in masks.items()}
+    """Masks given as rows of voxels along x."""
+    masks = {name: np.array(mask)[None, None] for name, mask in masks.items()}
     return encode(masks.items(), next(iter(masks.values())).shape)
+
+
+SPACING = (5.0, 2.0, 1.0)  # z, y, x: a voxel has 0.01 ml
 
 
 def example_scores() -> pd.DataFrame:
@@ -89,16 +96,16 @@ def example_scores() -> pd.DataFrame:
     first = score_subject(
         "s0", "test",
         volume_of(liver=[1, 1, 0, 0], spleen=[0, 0, 1, 0], aorta=[0, 0, 0, 0], mine=[1, 0, 0, 0]),
-        volume_of(liver=[1, 1, 0, 0], spleen=[0, 0, 0, 0], aorta=[0, 0, 0, 1]),
+        volume_of(liver=[1, 1, 0, 0], spleen=[0, 0, 0, 0], aorta=[0, 0, 0, 1]), SPACING,
     )  # fmt: skip
-    hit, reference = np.zeros(100), np.zeros(100)
-    hit[:20], reference[19:39] = 1, 1
+    hit, reference, nothing = np.zeros(100), np.zeros(100), np.zeros(100)
+    hit[:20], reference[19:49] = 1, 1
     second = score_subject(
         "s1", "test",
-        encode([("liver", reference), ("spleen", 0 * hit), ("aorta", 0 * hit)], (100,)),
-        encode([("liver", hit), ("spleen", 0 * hit), ("aorta", 0 * hit)], (100,)),
+        volume_of(liver=reference, spleen=nothing, aorta=nothing),
+        volume_of(liver=hit, spleen=nothing, aorta=nothing), SPACING,
     )  # fmt: skip
-    return pd.concat([first, second], ignore_index=True)
+    return pd.concat([first.scores, second.scores], ignore_index=True)
 
 
 def test_scores_by_hand():
@@ -106,33 +113,39 @@ def test_scores_by_hand():
     assert tuple(scores.columns) == COLUMNS and len(scores) == 6  # `mine` is not looked for: no row
     rows = {(row.subject, row.structure): row for row in scores.itertuples()}
     liver = rows["s1", "liver"]
-    assert (liver.tp, liver.fp, liver.fn, liver.reference_voxels, liver.predicted_voxels) == (1, 19, 19, 20, 20)
-    assert liver.dice == pytest.approx(0.05) and liver.iou == pytest.approx(1 / 39)
+    assert (liver.tp, liver.fp, liver.fn, liver.reference_voxels, liver.predicted_voxels) == (1, 19, 29, 30, 20)
+    assert liver.dice == pytest.approx(2 / 50) and liver.iou == pytest.approx(1 / 49)
+    assert liver.precision == pytest.approx(1 / 20) and liver.recall == pytest.approx(1 / 30)
+    assert (liver.reference_ml, liver.predicted_ml) == pytest.approx((0.3, 0.2))
+    assert liver.volume_error_ml == pytest.approx(-0.1)
+    # along x: 0..19 and 19..48, so the ends are 19 and 29 mm from the other, the centres 9.5 and 33.5
+    assert liver.hd_mm == 29 and liver.centroid_distance_mm == 24
     assert liver.present and not liver.detected and liver.detection == "missed"
     assert rows["s0", "spleen"].dice == 0 and rows["s0", "spleen"].detection == "missed"
     assert rows["s0", "aorta"].dice == 0 and rows["s0", "aorta"].detection == "false alarm"
     assert np.isnan(rows["s1", "aorta"].dice) and rows["s1", "aorta"].detection == "correctly absent"
     assert rows["s0", "liver"].detected and rows["s0", "liver"].group == "organs"
+    assert set(scores["found_at_dice"]) == {0.1} and set(scores["nsd_tolerance_mm"]) == {3.0}
 
 
-def test_tables_and_headline_by_hand():
-    scores = example_scores()
-    table = per_structure(scores).set_index("structure")
-    assert table.loc["liver", "dice"] == pytest.approx(0.525) and table.loc["liver", "n"] == 2
-    assert table.loc["liver", ["found", "missed", "false_alarms", "correctly_absent"]].tolist() == [1, 1, 0, 0]
-    assert table.loc["aorta", "n"] == 0 and np.isnan(table.loc["aorta", "dice"])
-    assert list(table.index) == ["liver", "spleen", "aorta"]
-    assert summarize(scores) == {
-        "macro_dice": pytest.approx((0.525 + 0) / 2), "structures": 2, "subjects": 2,
-        "found": 1, "missed": 2, "false_alarms": 1, "correctly_absent": 2,
-    }  # fmt: skip
-    rates = success_rates(scores, (0.05, 0.5))
-    assert rates.loc["organs"].tolist() == pytest.approx([2 / 3, 1 / 3, 3]) and list(rates.index) == ["organs", "all"]
+def test_the_rule_for_empty_masks_holds_in_every_column():
+    rows = {(row.subject, row.structure): row for row in example_scores().itertuples()}
+    spleen, aorta, absent = rows["s0", "spleen"], rows["s0", "aorta"], rows["s1", "spleen"]
+    for row in (spleen, aorta):
+        assert (row.dice, row.iou, row.nsd) == (0, 0, 0)
+    for row in (spleen, aorta, absent):
+        distances = [row.hd95_mm, row.hd_mm, row.assd_mm, row.centroid_distance_mm]
+        assert np.isnan(distances).all()
+    assert (spleen.volume_error_ml, aorta.volume_error_ml) == pytest.approx((-0.01, 0.01))
+    assert spleen.recall == 0 and np.isnan(spleen.precision) and aorta.precision == 0 and np.isnan(aorta.recall)
+    assert np.isnan(
+        [absent.dice, absent.iou, absent.nsd, absent.precision, absent.recall, absent.volume_error_ml]
+    ).all()
 
 
 def test_no_common_structure_is_an_error_that_says_so():
     with pytest.raises(SegkitError, match="subject s0: none of the model's structures"):
-        score_subject("s0", "test", volume_of(liver=[1]), volume_of(spleen=[1]))
+        score_subject("s0", "test", volume_of(liver=[1]), volume_of(spleen=[1]), SPACING)
 
 
 def test_kept_predictions_come_back_and_missing_ones_are_named(subject, tmp_path):
@@ -150,7 +163,7 @@ def test_a_part_is_scored_on_its_slices_and_a_subject_without_common_structures_
     labels = {"liver": 0, "spleen": 1, "brain": 2}
     predictor = Predictor(Threshold(), labels, (64, 64), device="cpu")
     part = Part(subject.name, ((4, 40),))
-    scores = evaluation.evaluate(predictor, phantom_data.staged, [part], "test", progress=False)
+    scores = evaluation.evaluate(predictor, phantom_data.staged, [part], "test", progress=False).scores
     reference = subject.labels().mask("liver")[4:40]
     assert scores.set_index("structure").loc["liver", "reference_voxels"] == reference.sum()
     foreign = Predictor(Threshold(), {"mine": 0, "yours": 1, "ours": 2}, (64, 64), device="cpu")
@@ -158,22 +171,41 @@ def test_a_part_is_scored_on_its_slices_and_a_subject_without_common_structures_
         evaluation.evaluate(foreign, phantom_data.staged, [part], "test", progress=False)
 
 
-def test_a_test_set_that_holds_nothing_has_no_score_and_says_so(tmp_path):
-    from segkit.report import Report, headline
+@pytest.mark.parametrize("wrong", [{"detected_dice": 0}, {"detected_dice": 1.5}, {"tolerance_mm": -1}, {"jobs": 0}])
+def test_scoring_that_makes_no_sense_is_refused(phantom_data, wrong):
+    predictor = Predictor(Threshold(), LABELS, (64, 64), device="cpu")
+    with pytest.raises(SegkitError, match=f"{next(iter(wrong)).upper()} = "):
+        evaluation.evaluate(predictor, phantom_data.staged, phantom_data.split.test, "test", scoring=Scoring(**wrong))
 
-    scores = score_subject("s0", "test", volume_of(prostate=[0, 0]), volume_of(prostate=[0, 1]))
-    summary = Report(scores, "test", tmp_path).summary(scores, [tmp_path / "x.pth"])
-    assert summary["prediction"]["macro_dice"] is None and "macro Dice no score" in headline(summary)
+
+def test_slabs_keep_their_places_so_that_distances_stay_true():
+    """Two slabs with a gap: what is missed beyond the gap is as far away as it is."""
+    reference, prediction = np.zeros((2, 9, 4, 4))
+    reference[[0, 8], 1:3, 1:3] = prediction[0, 1:3, 1:3] = 1
+    inside = [0, 1, 7, 8]
+    volumes = [evaluation._within(encode([("liver", mask)], mask.shape), inside) for mask in (reference, prediction)]
+    row = score_subject("s0", "val", *volumes, SPACING).scores.iloc[0]
+    assert row.hd_mm == 8 * 5.0 and row.reference_voxels == 8
 
 
-@pytest.mark.parametrize("value", [0, -0.1, 1.5])
-def test_a_detection_threshold_that_finds_everything_is_refused(value):
-    with pytest.raises(SegkitError, match="DETECTED_DICE"):
-        score_subject("s0", "test", volume_of(liver=[1]), volume_of(liver=[1]), value)
+def test_a_table_of_scores_comes_back_from_its_file_and_another_one_is_refused(tmp_path):
+    scores = example_scores()
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    pd.testing.assert_frame_equal(evaluation.load_scores(tmp_path / "scores.csv"), scores)
+    (tmp_path / "other.csv").write_text("subject;structure\ns0;liver\n")
+    with pytest.raises(SegkitError, match=r"other.csv: expected the columns of evaluation_results_<stamp>.csv"):
+        evaluation.load_scores(tmp_path / "other.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    for name in ("bytes.csv", "none.csv"):
+        with pytest.raises(SegkitError, match=name):
+            evaluation.load_scores(tmp_path / name)
+    pd.concat([scores, scores.iloc[:1]]).to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(SegkitError, match="s0, liver comes twice"):
+        evaluation.load_scores(tmp_path / "twice.csv")
 
 
 def test_a_perfect_network_scores_one_on_its_own_predictions(subject):
     predictor = Predictor(Threshold(), LABELS, (64, 64), device="cpu")
     prediction = predictor.predict(subject)
-    scores = score_subject(subject.name, "test", prediction, prediction)
+    scores = score_subject(subject.name, "test", prediction, prediction, subject.spacing_mm).scores
     assert scores.loc[scores["present"], "dice"].tolist() == [1, 1]

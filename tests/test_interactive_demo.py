@@ -1,5 +1,7 @@
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit import check, demo, interactive, progress, training
+from segkit import check, demo, interactive, pictures, progress, training
 from segkit.codes import encode
 from segkit.errors import SegkitError
 from segkit.labels import rgb_of
@@ -47,6 +49,112 @@ def test_the_slice_browser_follows_its_controls():
     assert not has_color(picture.value, "liver") and has_color(picture.value, "aorta")
     position.value = 4
     assert not has_color(picture.value, "aorta")
+
+
+def test_another_plane_has_its_own_slices():
+    aorta = np.zeros((5, 20, 30), bool)
+    aorta[1:4, 8:13, 12:18] = True
+    hu = np.zeros((5, 20, 30), np.int16)
+    box = interactive.slice_browser("s0", hu, {"truth": volume_of(aorta=aorta)}, (5.0, 1.0, 1.0))
+    [plane], [position], [outlines] = (
+        controls(box, kind) for kind in (widgets.ToggleButtons, widgets.IntSlider, widgets.Checkbox)
+    )
+    [picture] = controls(box, widgets.Image)
+    plane.value = "sagittal"
+    assert (position.value, position.max) == (15, 29)
+    position.value = 29
+    plane.value = "coronal"
+    assert (position.value, position.max) == (10, 19)
+    before = picture.value
+    outlines.value = True
+    assert picture.value != before
+
+
+def picture_of(**changes):
+    """The colours of a rendered phantom of corners, each a structure, in the middle slice of a plane."""
+    shape = (24, 20, 16)  # z, y, x
+    masks = {"liver": np.zeros(shape, bool), "aorta": np.zeros(shape, bool)}
+    masks["liver"][18:, 15:, 12:] = True  # head, front, right... of the patient's side to which x grows
+    masks["aorta"][:4, :4, :4] = True  # feet, back, the other side
+    view = interactive.View(opacity=1.0, **changes)
+    volume = volume_of(**masks)
+    png = interactive.render("s0", np.full(shape, -2000, np.int16), {"truth": volume}, (2.0, 1.0, 1.0), view)
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    dark = (picture < 3).all(2)  # the air of the scan; letters of the titles are dark too, but few
+    (top, *_, bottom), (left, *_, right) = (
+        np.flatnonzero(dark.sum(axis) > 0.4 * dark.sum(axis).max()) for axis in (1, 0)
+    )
+
+    def middle(name):
+        """Where the structure's colour lies in the picture, 0..1 down and to the right; None where it is not."""
+        found = np.argwhere(np.abs(picture - rgb_of(name)).max(2) < 3)
+        return None if not len(found) else (found.mean(0) - (top, left)) / (bottom - top, right - left)
+
+    return middle, (bottom - top) / (right - left)
+
+
+@pytest.mark.parametrize(
+    ("plane", "high", "low", "liver", "aorta", "proportion"),
+    [  # places are (down, to the right): the patient's right is at the left, the front at the top or the left
+        ("axial", 20, 1, (0.125, 0.125), (0.9, 0.875), 20 / 16),
+        ("coronal", 17, 1, (0.125, 0.125), (0.917, 0.875), 48 / 16),
+        ("sagittal", 14, 1, (0.125, 0.125), (0.917, 0.9), 48 / 20),
+    ],
+)
+def test_planes_are_hung_as_radiologists_do_with_true_proportions(plane, high, low, liver, aorta, proportion):
+    above, shape = picture_of(plane=plane, position=high)
+    below, _ = picture_of(plane=plane, position=low)
+    assert np.allclose(above("liver"), liver, atol=0.04) and above("aorta") is None
+    assert np.allclose(below("aorta"), aorta, atol=0.04) and below("liver") is None
+    assert shape == pytest.approx(proportion, rel=0.03)
+
+
+def test_letters_name_the_sides():
+    # x grows to the patient's right, y to the front, z to the head; every picture is turned by 180 degrees
+    grows = "HAR"
+    opposite = dict(zip("HARFPL", "FPLHAR", strict=True))
+    for axis, (left, right, top, bottom) in interactive.PLANES.values():
+        rows, columns = (letter for place, letter in enumerate(grows) if place != axis)
+        assert (left, right, top, bottom) == (columns, opposite[columns], rows, opposite[rows])
+
+
+def test_an_outline_is_the_rim_of_each_structure_that_is_shown():
+    inside = np.zeros((9, 9), bool)
+    inside[2:7, 2:7] = True
+    rim = inside.copy()
+    rim[3:6, 3:6] = False
+    outside = np.zeros((9, 9), bool)
+    outside[2:7, [1, 7]] = True
+    outside[[1, 7], 2:7] = True
+    volume = volume_of(liver=inside, spleen=np.eye(9, dtype=bool))
+    assert np.array_equal(interactive._edges(pictures.only(volume, ("liver",))), rim | outside)
+    assert not interactive._edges(pictures.only(volume, ())).any()
+
+
+def test_windows_reach_the_grey_of_the_picture():
+    hu = np.full((3, 8, 8), -600, np.int16)
+    empty = volume_of(liver=np.zeros(hu.shape, bool))
+    for name, grey in (("lung", 128), ("bone", 0), ("brain", 0)):
+        png = interactive.render("s", hu, {"truth": empty}, (1, 1, 1), interactive.View(position=1, window=name))
+        picture = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+        assert abs(int(picture[picture.shape[0] * 2 // 5, picture.shape[1] * 2 // 5]) - grey) <= 1
+
+
+def test_niivue_is_given_the_files_where_it_is_installed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)
+    assert "pip install -e '.[viewer]'" in interactive.niivue(tmp_path / "ct.nii.gz").value
+    calls = []
+
+    class NiiVue:
+        def load_volumes(self, volumes):
+            calls.append(volumes)
+
+    monkeypatch.setitem(sys.modules, "ipyniivue", SimpleNamespace(NiiVue=NiiVue))
+    viewer = interactive.niivue(tmp_path / "ct.nii.gz", [tmp_path / "liver.nii.gz"], opacity=0.3)
+    [[ct, liver]] = calls
+    assert isinstance(viewer, NiiVue) and ct["path"] == str(tmp_path / "ct.nii.gz")
+    assert (ct["cal_min"], ct["cal_max"]) == (-160, 240)
+    assert liver["path"] == str(tmp_path / "liver.nii.gz") and liver["opacity"] == 0.3
 
 
 def test_progress_is_drawn_after_each_epoch_and_shown_in_one_place(phantom_data, tmp_path, monkeypatch):
@@ -120,8 +228,8 @@ def test_seconds_of_a_stage_are_those_of_the_cells_below_its_heading():
 def test_the_summary_of_the_demo_wherever_the_clone_lies(tmp_path, capsys):
     outputs = tmp_path / "phantoms" / "runs" / "outputs"
     (outputs / "staged").mkdir(parents=True)
-    numbers = {"macro_dice": 0.5, "structures": 2, "subjects": 1, "found": 2, "missed": 0, "false_alarms": 0,
-               "correctly_absent": 0}  # fmt: skip
+    numbers = {"macro_dice": 0.5, "macro_dice_low": 0.4, "macro_dice_high": 0.6, "structures": 2, "subjects": 1,
+               "found": 2, "missed": 0, "false_alarms": 0, "correctly_absent": 0}  # fmt: skip
     summary = {
         "split": "test",
         "prediction": numbers,
@@ -131,5 +239,9 @@ def test_the_summary_of_the_demo_wherever_the_clone_lies(tmp_path, capsys):
     (outputs / "staged" / "ct.b2nd").touch()
     demo.print_summary(outputs, 0.0, {"9. Training": 12.0})
     printed = capsys.readouterr().out
-    assert "macro Dice 0.500" in printed and "no score" in printed and "9. Training" in printed
+    assert (
+        "macro Dice 0.500 (95 % interval 0.400 to 0.600)" in printed
+        and "no score" in printed
+        and "9. Training" in printed
+    )
     assert "evaluation_summary_1.json" in printed and "ct.b2nd" not in printed

@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +15,7 @@ def volume_of(masks: dict) -> object:
 def test_counts_and_ratios_by_hand():
     reference = volume_of({"a": np.array([1, 1, 1, 0, 0]), "b": np.array([1, 0, 0, 0, 1])})
     prediction = volume_of({"a": np.array([1, 1, 0, 1, 0]), "b": np.array([1, 1, 0, 0, 0]), "c": np.ones(5)})
-    counts = metrics.joint_counts(reference, prediction)
+    counts = metrics.code_pairs(reference, prediction).counts()
     assert counts.loc["a"].tolist() == [2, 1, 1] and counts.loc["b"].tolist() == [1, 1, 1] and "c" not in counts.index
     assert metrics.dice(2, 1, 1) == pytest.approx(4 / 6) and metrics.iou(2, 1, 1) == pytest.approx(2 / 4)
 
@@ -29,7 +28,7 @@ def test_counts_with_overlaps_equal_those_of_the_single_masks_and_monai_agrees(s
     random = np.random.default_rng(seed)
     names = [f"s{i}" for i in range(5)]
     ref, pred = (dict(zip(names, random.random((5, 4, 5, 3)) < density, strict=True)) for density in (p, q))
-    counts = metrics.joint_counts(volume_of(ref), volume_of(pred))
+    counts = metrics.code_pairs(volume_of(ref), volume_of(pred)).counts()
     for name in names:
         r, s = ref[name], pred[name]
         assert counts.loc[name].tolist() == [(r & s).sum(), (s & ~r).sum(), (r & ~s).sum()]
@@ -73,17 +72,28 @@ def test_success_rate_by_hand():
     assert np.isnan(metrics.success_rate(np.array([np.nan]), 0.5))
 
 
-def test_macro_dice_is_over_subjects_first_then_structures():
-    scores = pd.DataFrame(
-        [("s0", "a", True, 1.0), ("s1", "a", True, 0.5), ("s0", "b", True, 0.0), ("s1", "b", False, 0.0),
-         ("s0", "c", False, np.nan)], columns=["subject", "structure", "present", "dice"],
-    )  # fmt: skip
-    # a: 0.75, b: 0 (the false alarm of s1 is counted beside it), c: nobody holds it
-    assert metrics.macro_dice(scores) == (0.375, 2)
-    mean, number = metrics.macro_dice(scores[~scores["present"]])
-    assert np.isnan(mean) and number == 0
+def test_precision_and_recall_by_hand():
+    tp, fp, fn = np.array([3, 0, 0]), np.array([1, 2, 0]), np.array([0, 0, 4])
+    assert np.array_equal(metrics.precision(tp, fp), [0.75, 0, np.nan], equal_nan=True)
+    assert np.array_equal(metrics.recall(tp, fn), [1, np.nan, 0], equal_nan=True)
+
+
+@pytest.mark.parametrize("dense", [0, 10**6])
+def test_pairs_are_the_same_in_slabs_and_with_codebooks_too_large_for_a_table(monkeypatch, dense):
+    random = np.random.default_rng(0)
+    names = [f"s{k}" for k in range(6)]
+    ref, pred = (dict(zip(names, random.random((6, 7, 5, 3)) < 0.4, strict=True)) for _ in range(2))
+    monkeypatch.setattr(metrics, "_SLAB_VOXELS", 10)
+    monkeypatch.setattr(metrics, "_DENSE_PAIRS", dense)
+    prediction = volume_of(pred)
+    prediction = prediction.with_codes(np.asfortranarray(prediction.codes))  # whatever the layout in memory
+    pairs = metrics.code_pairs(volume_of(ref), prediction)
+    assert pairs.voxels.sum() == 7 * 5 * 3 and (pairs.voxels > 0).all()
+    for name, row in pairs.counts().iterrows():
+        r, p = ref[name], pred[name]
+        assert row.tolist() == [(r & p).sum(), (p & ~r).sum(), (r & ~p).sum()]
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shapes differ"):
-        metrics.joint_counts(volume_of({"a": np.ones(3)}), volume_of({"a": np.ones(4)}))
+        metrics.code_pairs(volume_of({"a": np.ones(3)}), volume_of({"a": np.ones(4)}))

@@ -108,7 +108,7 @@ def test_it_trains_and_scores_only_what_is_annotated(mixed, tmp_path):
     checkpoint = load_checkpoint(best_checkpoint(tmp_path), mixed.label_map)
     assert checkpoint.model.in_channels == 3
     predictor = Predictor(checkpoint.model, checkpoint.label_map, checkpoint.target_shape, device="cpu")
-    scores = evaluate(predictor, mixed.staged, mixed.split.test, "test", progress=False)
+    scores = evaluate(predictor, mixed.staged, mixed.split.test, "test", progress=False).scores
     # the test subject is of v2: vertebrae_L6, my_tumor and what only v1 has were not annotated in it
     scored = set(scores["structure"])
     assert scored == set(mixed.staged["s0004"].structures) & set(mixed.label_map)

@@ -16,8 +16,9 @@ QUICK = {
 }  # fmt: skip
 FILES = (
     "label_map.json", "checkpoint_epoch1.pth", "training_history.json", "training_history.png",
-    "evaluation_results_*.csv", "metrics_distribution_*.png", "structure_ranking_*.png",
-    "segmentation_visualization_*.png", "3d_*_*.html",
+    "evaluation_results_*.csv", "evaluation_summary_*.json", "evaluation_confusion_*.csv", "metrics_distribution_*.png",
+    "structure_ranking_*.png", "success_rates_*.png", "dice_by_volume_*.png", "subject_overview_*.png",
+    "confusion_*.png", "best_median_worst_*.png", "segmentation_visualization_*.png", "3d_*_*.html", "report_*.html",
 )  # fmt: skip
 
 

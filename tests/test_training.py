@@ -11,12 +11,13 @@ from segkit import steps, validation
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
 from segkit.errors import SegkitError
-from segkit.evaluation import evaluate, summarize
+from segkit.evaluation import evaluate
 from segkit.inference import Predictor
 from segkit.losses import LOSSES
 from segkit.ranks import Ranks
 from segkit.settings import LOSS_NAMES, NO_AUGMENTATION, TrainSettings
 from segkit.slices import Targets
+from segkit.summaries import summarize
 from segkit.training import train
 from segkit.validation import THRESHOLDS, choose_thresholds
 
@@ -69,7 +70,7 @@ def test_it_learns_the_real_torso(torso_dir, tmp_path):
     train(data, settings, tmp_path, progress=False)
     best = load_checkpoint(best_checkpoint(tmp_path), data.label_map)
     predictor = Predictor(best.model, best.label_map, best.target_shape)
-    scores = evaluate(predictor, data.staged, data.split.test, "test", progress=False)
+    scores = evaluate(predictor, data.staged, data.split.test, "test", progress=False).scores
     summary = summarize(scores)
     assert summary["structures"] == 4 and summary["macro_dice"] > 0.5
 

@@ -1,0 +1,73 @@
+"""Two or more models on the same cases: paired differences with their intervals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from segkit.errors import SegkitError
+from segkit.labels import group_of
+from segkit.summaries import interval, over_structures, structure_means, values_of
+
+ALL = "all structures"
+
+
+def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.DataFrame:
+    """How much each further model differs from the first: name -> table of scores, in the order of comparison.
+
+    A row a model and structure, and before them one for all structures. Columns: model, structure, group, first,
+    second (means of the first and of this model), difference (second less first), low, high (bootstrap 95 % over
+    subjects, both models on the same draws), n (subjects; of all structures: structures). What counts are cases that
+    the reference holds and that both models have a value for; others are left out with a warning that says how many.
+    Raises SegkitError for fewer than two tables, for tables without a common case, or of different references.
+    """
+    if len(tables) < 2:
+        raise SegkitError(f"{len(tables)} table of scores: expected two or more to compare")
+    (first_name, first), *others = tables.items()
+    rows = [_differences(first_name, first, name, table, measure) for name, table in others]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _differences(first_name: str, first: pd.DataFrame, name: str, second: pd.DataFrame, measure: str) -> pd.DataFrame:
+    cases = _common_cases(first_name, first, name, second)
+    before, after = (
+        values_of(cases.assign(**{measure: cases[f"{measure}_{place}"]}), measure, cases["present"]) for place in (1, 2)
+    )
+    both = before.notna() & after.notna()
+    before, after = before.where(both), after.where(both)
+    difference = (after - before).to_numpy()
+    every = np.ones((1, len(before)))
+    table = pd.DataFrame({"model": name, "structure": before.columns})
+    table["group"] = [group_of(structure) for structure in before.columns]
+    table["first"], table["second"] = (structure_means(each.to_numpy(), every)[0] for each in (before, after))
+    table["difference"], table["low"], table["high"] = interval(difference, structure_means)
+    table["n"] = both.sum().to_numpy()
+    means = [over_structures(each.to_numpy(), every)[0] for each in (before, after)]
+    overall = [name, ALL, "all", *means, *interval(difference, over_structures), int(both.any().sum())]
+    held = table[table["n"] > 0].sort_values("difference", ascending=False)
+    return pd.concat([pd.DataFrame([overall], columns=table.columns), held], ignore_index=True)
+
+
+def _common_cases(first_name: str, first: pd.DataFrame, name: str, second: pd.DataFrame) -> pd.DataFrame:
+    """The cases of both tables, with the measures of each; checked to be of the same references."""
+    key = ["subject", "structure"]
+    common = first.merge(second, on=key, suffixes=("_1", "_2"))
+    if common.empty:
+        raise SegkitError(
+            f"{first_name} and {name} have no subject and structure in common: evaluate both on the same subjects"
+        )
+    other = common[common["reference_voxels_1"] != common["reference_voxels_2"]]
+    if len(other):
+        case = other.iloc[0]
+        raise SegkitError(
+            f"{first_name} and {name} were scored against different references: {case['structure']} of "
+            f"{case['subject']} has {case['reference_voxels_1']} voxels in the one, "
+            f"{case['reference_voxels_2']} in the other"
+        )
+    left_out = len(first) + len(second) - 2 * len(common)
+    if left_out:
+        warnings.warn(f"{left_out} cases that only one of {first_name} and {name} has are left out", stacklevel=4)
+    return common.assign(present=common["present_1"])

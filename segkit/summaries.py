@@ -1,0 +1,235 @@
+"""The table of scores -> means that say what they are over, of how many, and how sure they are.
+
+All intervals are percentile bootstraps over subjects (Efron 1979): subjects are drawn again with replacement, 2,000
+times with a fixed seed, and each mean is computed again; its 2.5th and 97.5th percentiles are `low` and `high`. With
+one subject there is nothing to draw, and they are NaN.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from segkit import metrics
+from segkit.errors import SegkitError
+from segkit.labels import GROUPS, group_of
+
+MEASURES: Mapping[str, str] = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "nsd": "surface Dice",
+    "precision": "precision",
+    "recall": "recall",
+    "hd95_mm": "HD95 (mm)",
+    "hd_mm": "Hausdorff distance (mm)",
+    "assd_mm": "ASSD (mm)",
+    "centroid_distance_mm": "centroid distance (mm)",
+    "volume_error_ml": "volume error (ml)",
+}
+"""Columns of the table of scores that have a mean, and what they are called in figures."""
+
+HIGHER_IS_BETTER = ("dice", "iou", "nsd", "precision", "recall")
+"""Of the other measures a model is better the nearer they are to 0."""
+
+PROTOCOLS = ("segkit", "totalsegmentator", "nnunet")
+RESAMPLES = 2000
+
+
+def aggregate(
+    scores: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), protocol: str = "segkit"
+) -> pd.DataFrame:
+    """Means over everything: a row a measure and what it is over.
+
+    Columns: measure, over, mean, low, high (bootstrap 95 %), n (how many of what it is over), cases (how many pairs of
+    subject and structure went in). `over` is "structures" (per structure the mean over subjects, then over
+    structures: with Dice the headline), "cases" (all pairs alike), "subjects" (per subject, then over subjects), and
+    each anatomical group (as "structures", those of the group).
+
+    protocol: which cases count, where a measure has a value at all.
+        "segkit": those that the reference holds; "cases" also false alarms, with 0.
+        "totalsegmentator": those that the reference holds, everywhere: false alarms cost nothing (its
+        resources/evaluate.py).
+        "nnunet": those that the reference or the prediction holds, everywhere; the mean over structures is NaN as soon
+        as one structure has no case (its evaluation/evaluate_predictions.py).
+    SegkitError for another protocol or measure.
+    """
+    rows = []
+    for measure in measures:
+        for over, values, statistic in _means(scores, measure, protocol):
+            mean, low, high = interval(values, statistic)
+            cases = int((~np.isnan(values)).sum())
+            rows.append((measure, over, mean, low, high, _number(over, values), cases))
+    return pd.DataFrame(rows, columns=["measure", "over", "mean", "low", "high", "n", "cases"])
+
+
+def _means(scores: pd.DataFrame, measure: str, protocol: str) -> Iterable[tuple[str, np.ndarray, Callable]]:
+    """What a measure is averaged over, its cases (subjects, structures) with NaN for none, and how."""
+    either = values_of(scores, measure, scores["detection"] != "correctly absent")
+    held = values_of(scores, measure, scores["present"])
+    if protocol == "nnunet":
+        of_structures, of_cases, macro = either, either, _over_structures_strictly
+    elif protocol in PROTOCOLS:
+        of_structures, of_cases, macro = held, held if protocol == "totalsegmentator" else either, over_structures
+    else:
+        raise SegkitError(f"PROTOCOL = {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    yield "structures", of_structures.to_numpy(), macro
+    yield "cases", of_cases.to_numpy(), _over_cases
+    yield "subjects", of_structures.to_numpy(), _over_subjects
+    groups = np.array([group_of(name) for name in of_structures.columns])
+    for group in [group for group in GROUPS if (groups == group).any()]:
+        yield group, of_structures.to_numpy()[:, groups == group], macro
+
+
+def values_of(scores: pd.DataFrame, measure: str, counted: pd.Series) -> pd.DataFrame:
+    """Values by subject (rows) and structure (columns), in the order of the table; NaN where a case is not `counted`.
+
+    Raises SegkitError for a measure that the table does not have.
+    """
+    if measure not in scores.columns or measure not in MEASURES:
+        raise SegkitError(f"no measure {measure!r} in this table: choose among {', '.join(MEASURES)}")
+    table = scores.assign(value=scores[measure].where(counted)).pivot(
+        index="subject", columns="structure", values="value"
+    )
+    return table.reindex(index=scores["subject"].unique(), columns=scores["structure"].unique()).astype(float)
+
+
+def interval(values: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple:
+    """A mean with the ends of its 95 % interval: three numbers, or three arrays where `statistic` gives several.
+
+    values: (subjects, ...). statistic: of the values and weights (R, subjects), which say how often each subject
+    counts, gives (R, ...).
+    """
+    subjects = len(values)
+    mean = statistic(values, np.ones((1, subjects)))[0]
+    if subjects < 2:
+        return mean, mean * np.nan, mean * np.nan
+    drawn = np.random.default_rng(0).multinomial(subjects, np.full(subjects, 1 / subjects), RESAMPLES).astype(float)
+    again = statistic(values, drawn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what has no case at all stays NaN
+        low, high = np.nanpercentile(again, (2.5, 97.5), axis=0)  # a draw without a case says nothing
+    return mean, low, high
+
+
+def structure_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of each structure over weighted subjects: (subjects, structures), (R, subjects) -> (R, structures)."""
+    number = weights @ ~np.isnan(values)
+    return np.divide(weights @ np.nan_to_num(values), number, out=np.full(number.shape, np.nan), where=number > 0)
+
+
+def over_structures(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean over structures of their means over subjects: (R,)."""
+    return metrics.nan_mean(structure_means(values, weights), axis=1)[0]
+
+
+def _over_structures_strictly(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return structure_means(values, weights).mean(1)
+
+
+def _over_cases(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return structure_means(values.reshape(-1, 1), np.repeat(weights, values.shape[1], axis=1))[:, 0]
+
+
+def _over_subjects(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return structure_means(metrics.nan_mean(values, axis=1)[0][:, None], weights)[:, 0]
+
+
+def _number(over: str, values: np.ndarray) -> int:
+    there = ~np.isnan(values)
+    return int(there.sum() if over == "cases" else there.any(1 if over == "subjects" else 0).sum())
+
+
+def per_structure(scores: pd.DataFrame) -> pd.DataFrame:
+    """A row a structure, best first: means over the subjects that hold it, and detection over all that annotate it.
+
+    Columns: structure, group, dice, dice_low, dice_high, nsd, nsd_low, nsd_high (95 % intervals), the means of the
+    other measures, reference_ml (mean volume), n (subjects that hold it), found, missed, false_alarms,
+    correctly_absent, sensitivity = found / (found + missed), specificity = correctly absent / (correctly absent +
+    false alarms). Distances are means over the subjects in which both hold it: those missed stand beside them.
+    Structures that no subject holds come last, with NaN.
+    """
+    held = scores[scores["present"]].groupby("structure")
+    table = pd.DataFrame(index=pd.Index(scores["structure"].unique(), name="structure"))
+    table["group"] = [group_of(name) for name in table.index]
+    for measure in MEASURES:
+        if measure in ("dice", "nsd"):
+            values = values_of(scores, measure, scores["present"])
+            columns = [measure, f"{measure}_low", f"{measure}_high"]
+            for column, numbers in zip(columns, interval(values.to_numpy(), structure_means), strict=True):
+                table[column] = pd.Series(numbers, values.columns)
+        else:
+            table[measure] = held[measure].mean()
+    table["reference_ml"] = held["reference_ml"].mean()
+    table["n"] = held.size()
+    table["n"] = table["n"].fillna(0).astype(int)
+    table = table.join(detections(scores, "structure"))
+    return table.sort_values("dice", ascending=False, kind="stable", na_position="last").reset_index()
+
+
+def per_subject(scores: pd.DataFrame) -> pd.DataFrame:
+    """A row a subject, best first: what it scores over the structures that it holds, and detection over all.
+
+    Columns: subject, dice and nsd (means), dice_25 and dice_75 (quartiles), n (structures that it holds), found,
+    missed, false_alarms, correctly_absent, sensitivity, specificity. A subject that holds nothing comes last, with NaN.
+    """
+    held = scores[scores["present"]].groupby("subject")
+    table = pd.DataFrame(index=pd.Index(scores["subject"].unique(), name="subject"))
+    table["dice"], table["nsd"] = held["dice"].mean(), held["nsd"].mean()
+    table["dice_25"], table["dice_75"] = held["dice"].quantile(0.25), held["dice"].quantile(0.75)
+    table["n"] = held.size()
+    table["n"] = table["n"].fillna(0).astype(int)
+    table = table.join(detections(scores, "subject"))
+    return table.sort_values("dice", ascending=False, kind="stable", na_position="last").reset_index()
+
+
+def detections(scores: pd.DataFrame, by: str) -> pd.DataFrame:
+    """How many cases of each structure or subject were found, missed, ..., with sensitivity and specificity."""
+    words = scores.groupby([by, "detection"]).size().unstack(fill_value=0)
+    names = {
+        "found": "found",
+        "missed": "missed",
+        "false alarm": "false_alarms",
+        "correctly absent": "correctly_absent",
+    }
+    table = words.reindex(columns=list(names), fill_value=0).rename(columns=names)
+    table["sensitivity"] = table["found"] / (table["found"] + table["missed"])
+    table["specificity"] = table["correctly_absent"] / (table["correctly_absent"] + table["false_alarms"])
+    return table
+
+
+def success_rates(scores: pd.DataFrame, thresholds: Iterable[float] = metrics.SUCCESS_THRESHOLDS) -> pd.DataFrame:
+    """Share of the cases (subject, structure it holds) with a Dice of at least each threshold, per group and in all.
+
+    A row a group and a last row "all"; columns: one a threshold ("0.5", ...), and n, the number of cases.
+    """
+    held = scores[scores["present"]]
+    rows = {}
+    for group in [*[g for g in GROUPS if (held["group"] == g).any()], "all"]:
+        values = (held if group == "all" else held[held["group"] == group])["dice"].to_numpy()
+        rates = {f"{threshold:g}": metrics.success_rate(values, threshold) for threshold in thresholds}
+        rows[group] = {**rates, "n": len(values)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("group")
+
+
+def summarize(scores: pd.DataFrame) -> dict[str, float | int | None]:
+    """The headline and what stands beside it: macro_dice with its interval and n structures, subjects, detection.
+
+    The headline is None where no reference holds any structure, its interval where there is one subject.
+    """
+    [headline] = aggregate(scores, ["dice"]).query("over == 'structures'").itertuples()
+    mean, low, high = (None if np.isnan(number) else float(number) for number in headline[3:6])
+    counts = scores["detection"].value_counts()
+    return {
+        "macro_dice": mean,
+        "macro_dice_low": low,
+        "macro_dice_high": high,
+        "structures": headline.n,
+        "subjects": int(scores["subject"].nunique()),
+        "found": int(counts.get("found", 0)),
+        "missed": int(counts.get("missed", 0)),
+        "false_alarms": int(counts.get("false alarm", 0)),
+        "correctly_absent": int(counts.get("correctly absent", 0)),
+    }

@@ -1,0 +1,66 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from segkit.comparison import ALL, compare
+from segkit.errors import SegkitError
+
+
+def table_of(values: dict, absent=()) -> pd.DataFrame:
+    """{structure: Dice per subject}; NaN where the prediction has no value."""
+    rows = [
+        (f"s{k}", structure, dice, (structure, k) not in absent, "found", 100 + k)
+        for structure, column in values.items()
+        for k, dice in enumerate(column)
+    ]
+    return pd.DataFrame(rows, columns=["subject", "structure", "dice", "present", "detection", "reference_voxels"])
+
+
+def test_differences_by_hand():
+    first = table_of({"liver": [0.5, 0.7], "spleen": [0.2, 0.4], "aorta": [0.9, 0.9]}, absent={("aorta", 1)})
+    second = table_of({"liver": [0.6, 0.8], "spleen": [0.2, 0.2], "aorta": [0.8, 0.1]}, absent={("aorta", 1)})
+    table = compare({"a": first, "b": second}).set_index("structure")
+    assert table.index.tolist() == [ALL, "liver", "spleen", "aorta"] or table.index[0] == ALL
+    assert table.loc["liver", ["first", "second", "difference", "n"]].tolist() == pytest.approx([0.6, 0.7, 0.1, 2])
+    assert table.loc["spleen", "difference"] == pytest.approx(-0.1)
+    assert table.loc["aorta", ["difference", "n"]].tolist() == pytest.approx([-0.1, 1])  # s1 does not hold one
+    # all structures alike: (0.1 - 0.1 - 0.1) / 3
+    assert table.loc[ALL, ["difference", "n"]].tolist() == pytest.approx([-0.1 / 3, 3])
+    assert table.loc["liver", ["low", "high"]].tolist() == pytest.approx([0.1, 0.1])  # the same in every draw
+    assert table.loc["spleen", ["low", "high"]].tolist() == pytest.approx([-0.2, 0.0])
+
+
+def test_pairing_sees_what_two_intervals_beside_each_other_do_not():
+    random = np.random.default_rng(0)
+    difficulty = random.uniform(0.2, 0.9, 40)
+    first, second = table_of({"liver": difficulty}), table_of({"liver": difficulty + random.uniform(0.01, 0.03, 40)})
+    row = compare({"a": first, "b": second}).iloc[0]
+    assert 0.01 < row["low"] < row["difference"] < row["high"] < 0.03
+
+
+def test_a_model_is_not_better_than_itself_and_the_other_way_round_the_sign_changes():
+    first, second = table_of({"liver": [0.5, 0.7, 0.1]}), table_of({"liver": [0.6, 0.5, 0.4]})
+    same = compare({"a": first, "b": first.copy()})
+    assert (same[["difference", "low", "high"]].abs() < 1e-12).all(axis=None)
+    there, back = (compare(pair).iloc[0] for pair in ({"a": first, "b": second}, {"b": second, "a": first}))
+    assert there["difference"] == pytest.approx(-back["difference"]) and there["low"] == pytest.approx(-back["high"])
+
+
+def test_more_models_are_all_compared_with_the_first():
+    tables = {name: table_of({"liver": [value, value]}) for name, value in (("a", 0.5), ("b", 0.6), ("c", 0.4))}
+    table = compare(tables).query("structure == 'liver'").set_index("model")
+    assert table["difference"].to_dict() == pytest.approx({"b": 0.1, "c": -0.1})
+
+
+def test_what_cannot_be_compared_is_said():
+    first = table_of({"liver": [0.5, 0.7]})
+    with pytest.raises(SegkitError, match="two or more"):
+        compare({"a": first})
+    with pytest.raises(SegkitError, match="no subject and structure in common"):
+        compare({"a": first, "b": table_of({"spleen": [0.5]})})
+    other = first.assign(reference_voxels=[100, 7])
+    with pytest.raises(SegkitError, match="different references: liver of s1 has 101 voxels in the one, 7 in the oth"):
+        compare({"a": first, "b": other})
+    with pytest.warns(UserWarning, match="1 cases that only one of a and b has"):
+        table = compare({"a": first, "b": first.iloc[:1]})
+    assert table["n"].tolist() == [1, 1]

@@ -1,0 +1,98 @@
+import fnmatch
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from segkit import evaluation
+from segkit.codes import encode
+from segkit.dataset import Data
+from segkit.errors import SegkitError
+from segkit.report import Report, headline
+from segkit.report_page import Section, write_report_page
+from segkit.runs import RUN_FILES
+from segkit.subjects import Part, Split
+
+
+@pytest.fixture(scope="module")
+def reported(phantom_data, tmp_path_factory):
+    """Two phantoms whose prediction is the reference, a structure moved, one missed and one falsely found."""
+    folder = tmp_path_factory.mktemp("report")
+    names = list(phantom_data.staged)[:2]
+    results = []
+    for name in names:
+        subject = phantom_data.staged[name]
+        labels = subject.labels()
+        masks = {structure: labels.mask(structure) for structure in ("liver", "spleen", "aorta", "prostate")}
+        masks["liver"] = np.roll(masks["liver"], 1, axis=2)
+        masks["spleen"] = np.zeros_like(masks["spleen"])
+        masks["prostate"] = masks["prostate"] if masks["prostate"].any() else masks["aorta"]
+        prediction = encode(masks.items(), subject.shape)
+        evaluation.save_prediction(folder / "predictions", subject, prediction)
+        results.append(evaluation.score_subject(name, "test", labels, prediction, subject.spacing_mm))
+    evaluated = evaluation.Evaluation(
+        pd.concat([each.scores for each in results], ignore_index=True),
+        pd.concat([each.confusion for each in results], ignore_index=True),
+    )
+    split = Split((), (), tuple(Part(name) for name in names), "made for this test")
+    data = Data(folder, phantom_data.staged, split, {"liver": 0}, [])
+    report = Report(evaluated, data, folder, folder / "predictions")
+    report.everything(evaluated, [folder / "checkpoint_epoch1.pth"])
+    yield report
+    plt.close("all")
+
+
+def test_every_file_is_there_and_belongs_to_the_run(reported):
+    assert len(reported.files) == len(set(reported.files)) == 13
+    for path in reported.files:
+        assert path.stat().st_size > 1000 or path.suffix == ".csv"
+        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in RUN_FILES), path.name  # moved with the run
+        assert reported.stamp in path.name
+
+
+def test_the_summary_is_json_without_nan_and_holds_the_means_of_all_protocols(reported):
+    [path] = reported.output_dir.glob("evaluation_summary_*.json")
+    summary = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert summary == reported.outcome
+    means = {row["over"]: row for row in summary["means"]["segkit"] if row["measure"] == "dice"}
+    assert means["structures"]["mean"] == summary["prediction"]["macro_dice"]
+    assert summary["found_at_dice"] == 0.1 and summary["nsd_tolerance_mm"] == 3.0
+    assert f"macro Dice {summary['prediction']['macro_dice']:.3f} (95 % interval" in headline(summary)
+
+
+def test_the_report_shows_all_figures_and_tables_and_needs_no_other_file(reported):
+    page = next(reported.output_dir.glob("report_*.html")).read_text()
+    pictures = [path for path in reported.files if path.suffix == ".png"]
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 8
+    assert headline(reported.outcome)[:40] in page and "not for diagnosis" in page
+    assert page.count("<table>") == 5 and ">liver<" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+def test_a_test_set_that_holds_nothing_has_no_score_and_says_so(phantom_data, tmp_path):
+    empty = encode([("prostate", np.zeros((1, 1, 2)))], (1, 1, 2))
+    alarm = encode([("prostate", np.array([[[0, 1]]]))], (1, 1, 2))
+    evaluated = evaluation.score_subject("s0", "test", empty, alarm, (1, 1, 1))
+    summary = Report(evaluated, phantom_data, tmp_path, tmp_path).summary(evaluated, [tmp_path / "x.pth"])
+    assert summary["prediction"]["macro_dice"] is None and "macro Dice no score over" in headline(summary)
+
+
+HOSTILE = "<img src=x onerror=document.title='taken'></td><script>document.title='taken'</script>"
+
+
+def test_words_stay_words_in_a_browser_without_network_or_console_errors(reported, tab, tmp_path):
+    table = pd.DataFrame({"structure": [HOSTILE], HOSTILE: [0.5], "none": [np.nan]})
+    hostile = write_report_page(tmp_path / "a.html", HOSTILE, [HOSTILE], [Section(HOSTILE, HOSTILE, table=table)])
+    for page, pictures in ((next(reported.output_dir.glob("report_*.html")), 8), (hostile, 0)):
+        tab.goto(page.as_uri())
+        tab.wait_for_timeout(300)
+        assert tab.evaluate("[...document.images].filter(image => image.naturalWidth > 0).length") == pictures
+    assert tab.title() == HOSTILE and tab.inner_text("td.text") == HOSTILE
+    assert tab.evaluate("document.images.length + document.scripts.length") == 0
+
+
+def test_a_subject_that_was_not_tested_is_refused(reported):
+    with pytest.raises(SegkitError, match="SHOW_SUBJECT = 's9'"):
+        reported.visualization("s9")
