@@ -147,7 +147,7 @@ class Report:
         scores = self.evaluated.scores
         pairs = worst_pairs(self.evaluated.confusion, scores).head(60)
         tables = [
-            Section("Means", MEANS_TEXT, table=summaries.aggregate(scores)),
+            Section("Means", MEANS_TEXT, table=means_table(scores)),
             Section("Success rates", CAPTIONS["success_rates"], table=summaries.success_rates(scores).reset_index()),
             *self._sections,
             Section("All structures", "Best first; n: subjects that hold it.", table=summaries.per_structure(scores)),
@@ -210,8 +210,24 @@ def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: 
 MEANS_TEXT = (
     "Over structures: per structure the mean over the subjects that hold it, then over structures. Over cases: all "
     "pairs of subject and structure alike, false alarms with 0. Over subjects: per subject, then over subjects. "
-    "low, high: bootstrap 95 % over subjects. Distances are of what was found."
+    "In brackets: bootstrap 95 % interval over subjects. n and cases are those of Dice, distances of what was found."
 )
+
+
+def means_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """The means of `summaries.aggregate` in words: a row what they are over, a column a measure, then n and cases."""
+    means = summaries.aggregate(scores)
+    means["words"] = [
+        "-"
+        if np.isnan(row.mean)
+        else f"{row.mean:.3f}" + ("" if np.isnan(row.low) else f" ({row.low:.3f} to {row.high:.3f})")
+        for row in means.itertuples()
+    ]
+    table = means.pivot(index="over", columns="measure", values="words").reindex(
+        index=means["over"].unique(), columns=means["measure"].unique()
+    )
+    numbers = means[means["measure"] == "dice"].set_index("over")[["n", "cases"]]
+    return table.rename(columns=summaries.MEASURES).join(numbers).reset_index()
 
 
 def _records(table: pd.DataFrame) -> list[dict]:

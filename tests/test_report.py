@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from segkit import evaluation
+from segkit import evaluation, summaries
 from segkit.codes import encode
 from segkit.dataset import Data
 from segkit.errors import SegkitError
-from segkit.report import Report, headline
+from segkit.report import Report, headline, means_table
 from segkit.report_page import Section, write_report_page
 from segkit.runs import RUN_FILES
 from segkit.subjects import Part, Split
@@ -69,6 +69,15 @@ def test_the_report_shows_all_figures_and_tables_and_needs_no_other_file(reporte
     assert headline(reported.outcome)[:40] in page and "not for diagnosis" in page
     assert page.count("<table>") == 5 and ">liver<" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+def test_means_in_words(reported):
+    table = means_table(reported.evaluated.scores).set_index("over")
+    [row] = summaries.aggregate(reported.evaluated.scores, ["nsd"]).query("over == 'structures'").itertuples()
+    assert table.loc["structures", "surface Dice"] == f"{row.mean:.3f} ({row.low:.3f} to {row.high:.3f})"
+    assert list(table.index)[:3] == ["structures", "cases", "subjects"] and table.loc["subjects", "n"] == 2
+    one = reported.evaluated.scores.query("subject == subject.iloc[0]")
+    assert means_table(one).set_index("over").loc["structures", "Dice"].count("(") == 0  # one subject: no interval
 
 
 def test_a_test_set_that_holds_nothing_has_no_score_and_says_so(phantom_data, tmp_path):
