@@ -52,9 +52,11 @@ def launch(*arguments, processes=2, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--main_process_port", str(free_port())]  # fmt: skip
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}  # a process that dies says where it was
     return subprocess.Popen(
-        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, **kwargs
+    )  # fmt: skip
 
 
 def free_port() -> int:
