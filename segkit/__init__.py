@@ -37,6 +37,8 @@ The files in the order in which data walk through them; each imports only from t
     steps.py         one step of training, in parts and over ranks
     training.py      epochs, checkpoints, history; resumed where it stopped
     ensemble.py      several seeds trained by one command
+    segmenting.py    planes on the network's grid -> codes on a scan's own pixels
+    cleaning.py      of each structure its largest piece
     inference.py     volume in, codes out; the mean of an ensemble
     evaluation.py    one tidy table: a row a subject and structure
     summaries.py     means that say what they are over, with intervals

@@ -1,27 +1,45 @@
-"""Volume in, label codes out: on the scan's own grid, a batch of slices or a window of them at a time."""
+"""Volume in, label codes out, on the scan's own grid: what networks say, a batch of slices or a window at a time."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import expit, logit
 from torch import nn
 from tqdm.auto import tqdm
 
 from segkit import augment
 from segkit.checkpoints import Checkpoint
-from segkit.codes import CodeVolume, CodeWriter, encode
+from segkit.cleaning import keep_largest
+from segkit.codes import CodeVolume
 from segkit.devices import autocast, pick_device
 from segkit.errors import SegkitError
+from segkit.labels import mirrored_channels
 from segkit.networks import on_device, precision
+from segkit.segmenting import Collector, WayBack, entropy_bits
 from segkit.slabs import SlabDataset, window_starts, window_weights, windows
 from segkit.slices import SliceBatch, SliceDataset, batches
 from segkit.staging import StagedSubject
 from segkit.subjects import Part
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a scan was found to hold, arrays (z, y, x) on its canonical grid.
+
+    codes: the structures of each voxel. best: uint8 or uint16, 0 for background, else 1 + the place in
+    `codes.structures` of the structure whose logit is highest above its threshold, for formats of one label a voxel.
+    uncertainty: float16, 0 to 1 bit, of the least sure structure at each voxel (`segmenting.entropy_bits`), computed on
+    the network's grid; None where it was not asked for.
+    """
+
+    codes: CodeVolume
+    best: np.ndarray
+    uncertainty: np.ndarray | None = None
 
 
 class Predictor:
@@ -100,41 +118,92 @@ class Predictor:
         """
         wanted = (part or Part(subject.name)).slices(subject.shape[0])
         there = sorted(set(wanted))
-        steps = zip(*(self._logits(model, subject, there) for model in self.models), strict=True)
-        steps = tqdm(
-            steps, desc=f"predicting {subject.name}", unit="batch", leave=False, disable=not progress,
-            total=-(-len(there) // self.batch_size),
-        )  # fmt: skip
-        pieces = ((self.structures, self._above([logits for logits, _ in step]), step[0][1]) for step in steps)
-        volume = _gather(pieces, self.structures)
+        collector = Collector(self.structures, (len(there), *subject.shape[1:]))
+        for place, logits, _, way in self._slices(subject, there, False, False, progress):
+            collector.add(place, logits, self.logit_thresholds, way)
+        volume, _ = collector.finish()
         return volume if wanted == there else volume.with_codes(volume.codes[np.searchsorted(there, wanted)])
+
+    def segment(
+        self,
+        scan: StagedSubject,
+        mirror: bool = False,
+        largest: bool = False,
+        uncertainty: bool = False,
+        progress: bool = False,
+    ) -> Segmentation:
+        """All that the networks say of a scan: anything with the properties and methods of StagedSubject.
+
+        mirror: the mean of what they say of each slice and of its mirror image, see `_run`; twice the time. largest:
+        of each structure its largest piece alone, see `segkit.cleaning`. uncertainty: keep how unsure they are. A slice
+        is done before the next: memory grows with the voxels of the scan, not with them times the structures.
+        """
+        collector = Collector(self.structures, scan.shape, best=True)
+        unsure = np.zeros(scan.shape, np.float16) if uncertainty else None
+        for z, logits, plane, way in self._slices(scan, range(scan.shape[0]), mirror, uncertainty, progress):
+            collector.add(z, logits, self.logit_thresholds, way)
+            if unsure is not None:
+                unsure[z] = way.whole(plane.cpu().numpy())
+        codes, best = collector.finish()
+        if largest:
+            codes, best = keep_largest(codes, best)
+        return Segmentation(codes, best, unsure)
 
     def predict_slices(self, subject: StagedSubject, slices: Sequence[int]) -> dict[int, CodeVolume]:
         """Label codes (y, x) of single slices, by slice number."""
         volume = self.predict(subject, Part(subject.name, tuple((z, z + 1) for z in slices)))
         return {z: volume.with_codes(codes) for z, codes in zip(slices, volume.codes, strict=True)}
 
-    def _above(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """By how much the mean of the networks' logits (B, C, H, W) exceeds the thresholds, on the network's grid."""
-        mean = logits[0] if len(logits) == 1 else sum(logits) / len(logits)
-        return mean - self.logit_thresholds.to(self.device)[:, None, None]
+    def _slices(
+        self, subject: StagedSubject, slices: Sequence[int], mirror: bool, uncertainty: bool, progress: bool
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, WayBack]]:
+        """Each of `slices`: its place among them, the mean of the networks' logits (C, H, W), how unsure they are in
+        bits (H, W), and the way back to the slice's own pixels.
+        """
+        said = tqdm(
+            self._mean(subject, slices, mirror, uncertainty), desc=f"predicting {subject.name}", unit="batch",
+            leave=False, disable=not progress, total=-(-len(slices) // self.batch_size),
+        )  # fmt: skip
+        place = 0
+        for mean, unsure, batch in said:
+            way = WayBack(batch, mean.shape[2:])
+            for number, logits in enumerate(mean):
+                yield place, logits, None if unsure is None else unsure[number], way
+                place += 1
+
+    def _mean(
+        self, subject: StagedSubject, slices: Sequence[int], mirror: bool, uncertainty: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, SliceBatch]]:
+        """As `_logits`, the mean over the networks, one after the other for each batch; with how unsure they are."""
+        first, *others = (self._logits(model, subject, slices, mirror) for model in self.models)
+        for logits, batch in first:
+            chance = torch.sigmoid(logits.float()) if uncertainty else None
+            if others:
+                logits = logits.float()
+            for other in others:
+                more, _ = next(other)
+                logits = logits + more
+                chance = chance + torch.sigmoid(more.float()) if uncertainty else None
+            members = len(self.models)
+            unsure = entropy_bits(chance / members) if uncertainty else None
+            yield logits / members if others else logits, unsure, batch
 
     def _logits(
-        self, model: nn.Module, subject: StagedSubject, slices: Sequence[int]
+        self, model: nn.Module, subject: StagedSubject, slices: Sequence[int], mirror: bool = False
     ) -> Iterator[tuple[torch.Tensor, SliceBatch]]:
         """Logits (B, C, H, W) of `slices`, `batch_size` at a time in their order, and the batch that has their size."""
         parts = [Part(subject.name, tuple((z, z + 1) for z in slices))]
         depth = getattr(model, "depth", 1)
         if depth > 1:
             data = SlabDataset({subject.name: subject}, parts, self.label_map, depth, windows)
-            yield from self._blend(model, data, slices)
+            yield from self._blend(model, data, slices, mirror)
             return
         data = SliceDataset({subject.name: subject}, parts, self.label_map, model.in_channels // 2)
         for batch in batches(data, range(len(data)), self.batch_size):
-            yield self._run(model, batch), batch
+            yield self._run(model, batch, mirror), batch
 
     def _blend(
-        self, model: nn.Module, data: SlabDataset, slices: Sequence[int]
+        self, model: nn.Module, data: SlabDataset, slices: Sequence[int], mirror: bool
     ) -> Iterator[tuple[torch.Tensor, SliceBatch]]:
         """As `_logits`, from overlapping windows; what is held at a time are the slices of about two windows."""
         total, depth = len(next(iter(data.in_part.values()))), data.depth
@@ -143,11 +212,11 @@ class Predictor:
         left = [slices[i : i + self.batch_size] for i in range(0, len(slices), self.batch_size)][::-1]
         sums: dict[int, torch.Tensor] = {}
         for batch in batches(data, range(len(data)), max(1, self.batch_size // depth)):
-            for number, logits in zip(batch.numbers.tolist(), self._run(model, batch), strict=True):
+            for number, logits in zip(batch.numbers.tolist(), self._run(model, batch, mirror), strict=True):
                 start = starts[number]
                 for z in range(start, min(start + depth, total)):
                     if data.in_part[data.where[number][0]][z]:
-                        share = weights[start][z] * logits[:, z - start]
+                        share = weights[start][z] * logits[:, z - start].float()
                         sums[z] = sums[z] + share if z in sums else share
             following = batch.numbers[-1].item() + 1
             done = starts[following] if following < len(starts) else total
@@ -155,11 +224,23 @@ class Predictor:
                 yield torch.stack([sums.pop(z) for z in left.pop()]), batch
 
     @torch.no_grad()
-    def _run(self, model: nn.Module, batch: SliceBatch) -> torch.Tensor:
-        """Logits on the network's grid, float32 (B, C, H, W), of slabs (B, C, D, H, W)."""
+    def _run(self, model: nn.Module, batch: SliceBatch, mirror: bool) -> torch.Tensor:
+        """Logits on the network's grid, (B, C, H, W), of slabs (B, C, D, H, W), in the precision of the network.
+
+        With `mirror` the mean of these and of those of the mirrored image, turned back, with the channels of left and
+        right swapped (`labels.mirrored_channels`). A structure of one side that has no partner among the channels
+        keeps what was said of the image as it is.
+        """
         images, _ = augment.to_network(batch.to(self.device), self.target_shape)
         with autocast(self.device, precision(model, self.device)):
-            return model(images.contiguous(memory_format=torch.channels_last)).float()
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+            if not mirror:
+                return logits
+            turned = model(images.flip(-1).contiguous(memory_format=torch.channels_last)).flip(-1)
+        logits, partners = logits.float(), mirrored_channels(self.label_map)
+        paired = [channel for channel, partner in enumerate(partners) if partner is not None]
+        both = (logits[:, paired] + turned[:, [partners[channel] for channel in paired]]) / 2
+        return logits.index_copy(1, torch.tensor(paired, device=self.device), both)
 
 
 def _mean_thresholds(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...]:
@@ -170,44 +251,13 @@ def _mean_thresholds(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...]:
 def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int]) -> CodeVolume:
     """The reference itself after going through `target_shape` and back: what the network's grid makes of it.
 
-    Its masks on the network's grid are brought back in the way of a prediction's logits, as +1 inside and -1 outside.
+    Its masks on the network's grid are brought back in the way of a prediction's logits, as 1 inside and 0 outside.
     """
-    held = [name for name in structures if subject.voxels.get(name)]
-    label_map = {name: channel for channel, name in enumerate(held)}
+    label_map = {name: channel for channel, name in enumerate(structures)}
     data = SliceDataset({subject.name: subject}, [Part(subject.name)], label_map)
-    loader = batches(data, range(len(data)), 8)
-    targets = ((augment.to_network(batch, target_shape)[1], batch) for batch in loader)
-    return _gather(((held, target.dense().float() * 2 - 1, batch) for target, batch in targets), structures)
-
-
-def _gather(
-    pieces: Iterator[tuple[Sequence[str], torch.Tensor, SliceBatch]], structures: tuple[str, ...]
-) -> CodeVolume:
-    """Codes of all slices from (names of C channels, planes (B, C, H, W) that are above 0 inside, batch)."""
-    writer = CodeWriter(structures)
-    codes = []
-    for channel_names, planes, batch in pieces:
-        # interpolation never rises above the highest value: channels below 0 everywhere can stay behind
-        occurring = (planes.amax((0, 2, 3)) > 0).nonzero().flatten()
-        own = to_own_grid(planes[:, occurring], batch) > 0
-        names = [channel_names[channel] for channel in occurring.tolist()]
-        masks = zip(names, own.movedim(1, 0).cpu().numpy(), strict=True)
-        codes.append(writer.add(encode(masks, (len(own), *own.shape[2:]))))
-    return writer.finish(np.concatenate(codes))
-
-
-def to_own_grid(planes: torch.Tensor, batch: SliceBatch) -> torch.Tensor:
-    """Bring planes (B, C, H, W) on the network's grid back to the slices' own pixels: (B, C, Y, X), bilinear.
-
-    The reverse of fitting in `segkit.augment.to_network` without variation. The slices are of one size.
-    """
-    device, target_shape = planes.device, planes.shape[2:]
-    sizes, spacing = batch.sizes[0].tolist(), batch.spacing_mm[0].tolist()
-    pixel = float(augment.pixel_mm(batch, target_shape)[0])
-    axes = [
-        ((torch.arange(int(n), device=device) + 0.5 - n / 2) * step / pixel + side / 2) * 2 / side - 1
-        for n, step, side in zip(sizes, spacing, target_shape, strict=True)
-    ]
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack([columns, rows], -1).expand(len(planes), -1, -1, -1)
-    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    collector, limits = Collector(structures, subject.shape), torch.full((len(structures),), 0.5)
+    for batch in batches(data, range(len(data)), 8):
+        masks, way = augment.to_network(batch, target_shape)[1].dense(), WayBack(batch, target_shape)
+        for z, planes in zip(batch.numbers.tolist(), masks, strict=True):
+            collector.add(z, planes, limits, way)
+    return collector.finish()[0]
