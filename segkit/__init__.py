@@ -29,6 +29,7 @@ The files in the order in which data walk through them; each imports only from t
     metrics.py       counts -> Dice, IoU, success rate, detection
     surface.py       surface distances in mm: HD95, ASSD, surface Dice
     confusion.py     which structure's voxels were called what
+    weights_file.py  weights and JSON in one safetensors file, for others
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold
     schedule.py      the learning rate of each step, and when training ends early
@@ -52,6 +53,8 @@ The files in the order in which data walk through them; each imports only from t
     pages.py         meshes -> one HTML page that needs no network
     report_page.py   headings, tables and pictures -> one HTML page
     report.py        the files of an evaluation
+    model_card.py    what a shared model says of itself
+    sharing.py       a trained model as a folder for others
     progress.py      what a person watches while a network learns
     interactive.py   what lives in a notebook: progress as it grows, the slice browser, NiiVue
     check.py         whether the installation works

@@ -175,8 +175,8 @@ def evaluate(
         output_dir: the folder of the training run; results go there too.
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
-        checkpoint: a file, or the folder of a run; by default the one with the best validation Dice, of each member
-            where several were trained.
+        checkpoint: a file, or the folder of a run or of a shared model; by default the one with the best validation
+            Dice, of each member where several were trained.
         threshold: a structure is where its probability exceeds this; by default what validated best for each.
         batch_size: slices predicted at a time.
         max_subjects: at most so many.
@@ -222,6 +222,30 @@ def compare(
     loaded = {name: load_scores(path) for name, path in zip(names, tables, strict=True)}
     files = report.write_comparison(comparison.compare(loaded, measure), names[0], measure, output_dir)
     print(*files, sep="\n")
+
+
+def share(
+    folder: Positional[Path],
+    data_licence: str,
+    output_dir: Path = OUTPUTS,
+    checkpoint: Path | None = None,
+    description: str = "",
+) -> None:
+    """Write a trained model for others: weights as safetensors, and a model card. It opens by --checkpoint FOLDER.
+
+    No path of this machine and no name of a subject goes into it.
+
+    Args:
+        folder: where to; a new folder or an empty one.
+        data_licence: of the training data, like "CC BY 4.0"; the weights are shared under the same terms.
+        output_dir: the folder of the training run.
+        checkpoint: a file, or the folder of another run; by default the one with the best validation Dice, of each
+            member where several were trained.
+        description: Markdown for the head of the model card.
+    """
+    from segkit.sharing import export_model
+
+    print(*export_model(checkpoint or output_dir, folder, data_licence, description), sep="\n")
 
 
 def demo(
@@ -280,6 +304,7 @@ def main() -> None:
             train,
             evaluate,
             compare,
+            share,
             demo,
             check,
         )

@@ -1,4 +1,8 @@
-"""Checkpoints: weights, readable settings and the label map in one file that holds data and no code."""
+"""Checkpoints: weights, readable settings and the label map in one file that holds data and no code.
+
+A run's own are `.pth` files of torch, read as data alone; a shared model's are `.safetensors` (`segkit.weights_file`).
+Both hold the same and are read alike.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,18 @@ from segkit.labels import check_label_map
 from segkit.networks import build_network
 from segkit.runs import member_folders, write_whole
 from segkit.settings import check_target_shape
+from segkit.weights_file import SUFFIX, read_weights_file, shared_files, write_weights_file
 
 FORMAT = 2
 UNSCORED = -1.0  # in the place of a Dice, below every Dice
-_FIELDS = {"epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "weights": dict}
+_FIELDS = {
+    "epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "record": dict, "weights": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a `checkpoint_epochX.pth` holds. `network`: the arguments of `build_network`, `settings` of the training."""
+    """What a checkpoint holds. `network`: the arguments of `build_network`, `settings` of the training."""
 
     path: Path
     epoch: int
@@ -74,7 +81,10 @@ def save_checkpoint(
     path: Path, model: nn.Module, network: dict, label_map: Mapping[str, int], settings: dict, epoch: int, scores: dict,
     record: dict,
 ) -> Path:  # fmt: skip
-    """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types."""
+    """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types.
+
+    Where `path` ends in .safetensors: for others (`segkit.weights_file`).
+    """
     # contiguous: channels_last is how this machine computes, not what the weights are
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {
@@ -87,24 +97,30 @@ def save_checkpoint(
         "record": record,
         "weights": weights,
     }
+    if path.suffix == SUFFIX:
+        return write_weights_file(path, content)
     return write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
 def _read(path: Path, what: str) -> dict:
-    """The content of a file that torch wrote, data alone. SegkitError that names it for anything else."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise SegkitError(f"{path}: no such {what}; train first, or give the path of one") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise SegkitError(f"{path}: no readable {what} ({reason})") from error
+    """The content of a file that segkit wrote, data alone. SegkitError that names it for anything else."""
+    content = read_weights_file(path) if path.suffix == SUFFIX else _read_torch(path, what)
     stated = content.get("format") if isinstance(content, dict) else None
     if type(stated) is not int or stated != FORMAT:
         raise SegkitError(
             f"{path}: no {what} of this segkit: expected format {FORMAT}, found {str(stated)[:40]}; train again"
         )
     return content
+
+
+def _read_torch(path: Path, what: str) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SegkitError(f"{path}: no such {what}; train first, or give the path of one") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise SegkitError(f"{path}: no readable {what} ({reason})") from error
 
 
 def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None) -> Checkpoint:
@@ -115,6 +131,7 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     """
     path = Path(path)
     content = _read(path, "checkpoint")
+    content["record"] = content.get("record") or {}
     for name, kind in _FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise SegkitError(
@@ -134,9 +151,8 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     network = content["network"]
     model = _rebuild(path, network, content["weights"], len(own_map))
     return Checkpoint(
-        path, content["epoch"], network, own_map, content["settings"], content["scores"],
-        content.get("record") or {}, model,
-    )  # fmt: skip
+        path, content["epoch"], network, own_map, content["settings"], content["scores"], content["record"], model
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,8 @@ def load_state(path: Path) -> TrainingState:
 
 def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Module:
     try:
+        if len(network["features"]) > len(weights):  # each level has several
+            raise ValueError(f"{len(network['features'])} levels, {len(weights)} tensors")
         with torch.device("meta"):  # shapes first: a wrong or hostile file allocates nothing
             model = build_network(**network)
         if network["out_channels"] != channels:
@@ -185,11 +203,15 @@ def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Modu
         model.load_state_dict(weights, strict=True, assign=True)
         if {name: tensor.dtype for name, tensor in model.state_dict().items()} != kinds:
             raise ValueError("weights of another type than float32")
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
     except SegkitError as error:
         raise SegkitError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SegkitError(f"{path}: damaged checkpoint: weights do not fit the network {network}: {reason}") from error
+    except (
+        KeyError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, IndexError, ArithmeticError,
+    ) as error:  # fmt: skip
+        reason, stated = " ".join(str(error).split())[:200], str(network)[:200]
+        raise SegkitError(f"{path}: damaged checkpoint: weights do not fit the network {stated}: {reason}") from error
     return model.eval()
 
 
@@ -213,11 +235,14 @@ def best_checkpoint(output_dir: str | Path) -> Path:
 
 def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = None) -> list[Checkpoint]:
     """What predicts together: the best checkpoint of each member of the run in the folder `source`, of its only
-    network where it is no ensemble; or the one in the file `source`. Raises SegkitError as `load_checkpoint` does.
+    network where it is no ensemble; all networks of the model that was shared in it (`segkit.sharing`); or the one in
+    the file `source`. Raises SegkitError as `load_checkpoint` does, and for a shared model that is not whole.
     """
-    if not Path(source).is_dir():
+    source = Path(source)
+    if not source.is_dir():
         return [load_checkpoint(source, label_map)]
-    return [load_checkpoint(_best(folder)[1], label_map) for folder in _trainings(Path(source))]
+    paths = shared_files(source) or [_best(folder)[1] for folder in _trainings(source)]
+    return [load_checkpoint(path, label_map) for path in paths]
 
 
 def _trainings(run: Path) -> list[Path]:

@@ -167,15 +167,20 @@ def _check_model(model: str, features: tuple[int, ...], patch_slices: int, conte
         )
 
 
+LARGEST_SIDE = 8192  # pixels; scanners make slices of 512, up to 2048
+
+
 def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]:
     """TARGET_SHAPE, a tuple or list, as (rows, columns).
 
-    SegkitError unless `levels` halvings leave whole pixels, two or more.
+    SegkitError unless `levels` halvings leave whole pixels, two or more, and for sides above LARGEST_SIDE.
     """
     step = 2**levels
     sides = _whole_numbers("TARGET_SHAPE", shape, "(256, 256)")
     if len(sides) != 2 or min(sides) < step or any(side % step for side in sides):
         raise SegkitError(f"TARGET_SHAPE = {sides}: FEATURES halve it {levels} times: give two multiples of {step}")
+    if max(sides) > LARGEST_SIDE:
+        raise SegkitError(f"TARGET_SHAPE = {sides}: at most {LARGEST_SIDE} pixels a side")
     if max(sides) == step:
         raise SegkitError(f"TARGET_SHAPE = {sides}: FEATURES halve it {levels} times, to one pixel: give a larger one")
     return sides

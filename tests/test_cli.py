@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+VERBS = ("phantom", "download", "audit", "stage", "train", "evaluate", "compare", "share", "demo", "check")
+
 
 def segkit(*arguments, cwd, ok=True):
     """Run `python -m segkit` as a user does; its output."""
@@ -18,17 +20,12 @@ def segkit(*arguments, cwd, ok=True):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "verb", ["", "phantom", "download", "audit", "stage", "train", "evaluate", "compare", "demo", "check"]
-)
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_explains_every_verb_and_flag(verb):
     text = segkit(*([verb] if verb else []), "--help", cwd=ROOT)
     assert "usage: python -m segkit" in text
     if not verb:
-        assert all(
-            name in text
-            for name in ("phantom", "download", "audit", "stage", "train", "evaluate", "compare", "demo", "check")
-        )
+        assert all(name in text for name in VERBS)
 
 
 def test_the_verbs_one_after_the_other(tmp_path):
@@ -52,6 +49,10 @@ def test_the_verbs_one_after_the_other(tmp_path):
     summary = json.loads(next(outputs.glob("evaluation_summary_*.json")).read_text())
     assert summary["split"] == "test" and summary["prediction"]["subjects"] == 1
     assert set(summary["means"]) == {"segkit", "totalsegmentator", "nnunet"}
+    out = segkit("share", "shared", "--data-licence", "CC BY 4.0", cwd=tmp_path)
+    assert "model.safetensors" in out and "README.md" in out
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert f"macro Dice {summary['prediction']['macro_dice']:.3f}" in card and str(tmp_path) not in card
     [table] = outputs.glob("evaluation_results_*.csv")
     shutil.copy(table, tmp_path / "again.csv")
     segkit("compare", table, "again.csv", "--names", "one", "two", cwd=tmp_path)
