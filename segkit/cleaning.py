@@ -85,12 +85,12 @@ def keep_largest(volume: CodeVolume, best: np.ndarray) -> tuple[CodeVolume, np.n
         if name in OFFICIAL and name not in IN_PIECES:
             those = np.flatnonzero(volume.codebook[runs.codes, column])
             apart = those[_apart(runs.of(those))] if len(those) else those
-            without = {}
+            without = np.zeros(len(writer.rows), np.int64)
             for code in np.unique(codes[apart]).tolist():
                 row = writer.rows[code].copy()
                 row[column] = False
                 without[code] = writer.code(row)
-            codes[apart] = [without[code] for code in codes[apart].tolist()]
+            codes[apart] = without[codes[apart]]
     return _rewritten(volume, best, runs, codes, writer)
 
 

@@ -89,7 +89,8 @@ class Collector:
         """Slice `z` from planes (C, H, W), a channel a structure: it is where its plane exceeds its limit (C,)."""
         limits = limits.to(planes.device)
         # interpolation never rises above the highest value: channels below their limit everywhere stay behind
-        occurring = (planes.amax((1, 2)) > limits).nonzero().flatten()
+        highest = planes.movedim(0, -1).amax(0).amax(0)  # in this order: channels lie last in memory
+        occurring = (highest > limits).nonzero().flatten()
         above = (planes[occurring].float() - limits[occurring, None, None]).cpu().contiguous().numpy()
         best = None if self._best is None else self._best[z]
         found = encode_places(self._places(occurring.tolist(), above, way, best), self._codes.shape[1:])
