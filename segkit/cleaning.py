@@ -51,8 +51,8 @@ class _Runs:
     """Voxels of one code in a row along x, R of them in the order of the volume; background is left out.
 
     first: int64 (R,), place of the first in the flat volume. start, stop: int64 (R,), first and behind the last in a
-    volume with one more voxel on every side, so that nothing touches across its border. codes: int64 (R,). border:
-    bool (R,), whether it touches the border of the scan.
+    volume with an empty voxel behind each row and an empty row behind each slice, so that nothing touches across them.
+    codes: int64 (R,). border: bool (R,), whether it touches the border of the scan.
     """
 
     first: np.ndarray
@@ -132,7 +132,7 @@ def _find_runs(codes: np.ndarray) -> _Runs:
     row, x = np.divmod(first, width)
     z, y = np.divmod(row, height)
     border = (x == 0) | (x + length == width) | (y == 0) | (y == height - 1) | (z == 0) | (z == depth - 1)
-    line, layer = width + 2, (height + 2) * (width + 2)
+    line, layer = width + 1, (height + 1) * (width + 1)
     start = z * layer + y * line + x
     steps = (-line, -layer - line, -layer, -layer + line)
     return _Runs(first, start, start + length, np.concatenate(values), border, steps)
@@ -140,19 +140,20 @@ def _find_runs(codes: np.ndarray) -> _Runs:
 
 def _apart(runs: _Runs) -> np.ndarray:
     """Which of a structure's runs, bool (R,), are neither of its largest piece nor of one at the border."""
-    number = np.arange(len(runs.start))
-    following = np.flatnonzero(runs.stop[:-1] == runs.start[1:])  # in the same row, with another code
-    pairs = [(following, following + 1)]
+    # runs that follow each other in a row, with different codes, are one
+    first = np.append(True, runs.stop[:-1] != runs.start[1:])
+    start, stop = runs.start[first], runs.stop[np.append(first[1:], True)]
+    number, pairs = np.arange(len(start)), []
     for step in runs.steps:
         # runs [a, b) and [c, d) of rows beside each other touch, corners included, where c <= b and a <= d
-        low = np.searchsorted(runs.stop, runs.start + step, side="left")
-        count = np.searchsorted(runs.start, runs.stop + step, side="right") - low
+        low = np.searchsorted(stop, start + step, side="left")
+        count = np.searchsorted(start, stop + step, side="right") - low
         offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         pairs.append((np.repeat(number, count), np.repeat(low, count) + offset))
     one, other = (np.concatenate(side) for side in zip(*pairs, strict=True))
     links = coo_array((np.ones(len(one), bool), (one, other)), (len(number), len(number)))
     _, piece = connected_components(links, directed=False)
-    size = np.bincount(piece, runs.stop - runs.start)
+    size, piece = np.bincount(piece, stop - start), piece[np.cumsum(first) - 1]
     stays = np.bincount(piece, runs.border) > 0
     stays[size.argmax()] = True
     return ~stays[piece]

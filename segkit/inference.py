@@ -20,7 +20,7 @@ from segkit.devices import autocast, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
 from segkit.networks import on_device, precision
-from segkit.segmenting import Collector, WayBack, entropy_bits
+from segkit.segmenting import Collector, WayBack, entropy_bits, mean_of
 from segkit.slabs import SlabDataset, window_starts, window_weights, windows
 from segkit.slices import SliceBatch, SliceDataset, batches
 from segkit.staging import StagedSubject
@@ -159,34 +159,21 @@ class Predictor:
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, WayBack]]:
         """Each of `slices`: its place among them, the mean of the networks' logits (C, H, W), how unsure they are in
         bits (H, W), and the way back to the slice's own pixels.
+
+        The networks take turns with each batch; memory for its logits in their own precision, a network each.
         """
-        said = tqdm(
-            self._mean(subject, slices, mirror, uncertainty), desc=f"predicting {subject.name}", unit="batch",
-            leave=False, disable=not progress, total=-(-len(slices) // self.batch_size),
+        steps = tqdm(
+            zip(*(self._logits(model, subject, slices, mirror) for model in self.models), strict=True),
+            desc=f"predicting {subject.name}", unit="batch", leave=False, disable=not progress,
+            total=-(-len(slices) // self.batch_size),
         )  # fmt: skip
         place = 0
-        for mean, unsure, batch in said:
-            way = WayBack(batch, mean.shape[2:])
-            for number, logits in enumerate(mean):
-                yield place, logits, None if unsure is None else unsure[number], way
+        for step in steps:
+            way = WayBack(step[0][1], step[0][0].shape[2:])
+            for members in zip(*(logits for logits, _ in step), strict=True):
+                unsure = entropy_bits(mean_of(members, torch.sigmoid_)) if uncertainty else None
+                yield place, members[0] if len(members) == 1 else mean_of(members), unsure, way
                 place += 1
-
-    def _mean(
-        self, subject: StagedSubject, slices: Sequence[int], mirror: bool, uncertainty: bool
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, SliceBatch]]:
-        """As `_logits`, the mean over the networks, one after the other for each batch; with how unsure they are."""
-        first, *others = (self._logits(model, subject, slices, mirror) for model in self.models)
-        for logits, batch in first:
-            chance = torch.sigmoid(logits.float()) if uncertainty else None
-            if others:
-                logits = logits.float()
-            for other in others:
-                more, _ = next(other)
-                logits = logits + more
-                chance = chance + torch.sigmoid(more.float()) if uncertainty else None
-            members = len(self.models)
-            unsure = entropy_bits(chance / members) if uncertainty else None
-            yield logits / members if others else logits, unsure, batch
 
     def _logits(
         self, model: nn.Module, subject: StagedSubject, slices: Sequence[int], mirror: bool = False

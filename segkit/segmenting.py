@@ -6,7 +6,8 @@ planes of the structures that occur in it, and of each only the part around wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,13 +124,24 @@ class Collector:
         return self._writer.finish(self._codes, self._voxels), self._best
 
 
+def mean_of(
+    planes: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The mean of planes of any floating type and one shape, float32; of each after `change`, which works in place."""
+    total = None
+    for each in planes:
+        each = each.to(torch.float32, copy=True)
+        each = each if change is None else change(each)
+        total = each if total is None else total.add_(each)
+    return total.div_(len(planes))
+
+
 def entropy_bits(probabilities: torch.Tensor) -> torch.Tensor:
-    """How unsure the least sure channel is: probabilities (B, C, ...) -> 0 to 1 bit, (B, ...) float32.
+    """How unsure the least sure channel is: probabilities (C, ...) float32 -> 0 to 1 bit, (...). Changes what it gets.
 
     The entropy of a channel's yes or no, -p log2 p - (1 - p) log2 (1 - p). Of the mean probability of an ensemble
     (Lakshminarayanan et al. 2017, https://arxiv.org/abs/1612.01474) it is its total predictive uncertainty, the
     disagreement of the members included (Nair et al. 2020, https://doi.org/10.1016/j.media.2019.101557).
     """
-    off = (probabilities.float() - 0.5).abs().amin(1)  # the entropy is highest where p is nearest to 0.5
-    p = torch.stack([0.5 + off, 0.5 - off])
-    return -torch.xlogy(p, p).sum(0) / np.log(2)
+    off = probabilities.sub_(0.5).abs_().amin(0)  # the entropy is highest where p is nearest to 0.5
+    return torch.special.entr(torch.stack([0.5 + off, 0.5 - off])).sum(0) / math.log(2)

@@ -187,6 +187,15 @@ def test_the_best_of_more_structures_than_a_byte_counts_is_told_apart():
 def test_the_best_is_the_one_farthest_above_its_own_threshold():
     predictor = Predictor(constants(2.0, 1.0), {"a": 0, "b": 1}, (16, 16), threshold=[0.85, 0.5], device="cpu")
     assert (predictor.segment(plain_scan()).best == 2).all()  # 2 - logit(0.85) = 0.27 is less than 1
+    equal = Predictor(constants(1.0, 1.0), {"a": 0, "b": 1}, (16, 16), device="cpu")
+    assert (equal.segment(plain_scan()).best == 1).all()
+
+
+def test_the_mean_of_an_ensembles_logits_is_what_thresholds_are_for():
+    pair = [constants(3.0), constants(1.0)]  # 2 is a probability of 0.88
+    for threshold, there in ((0.87, True), (0.89, False)):
+        found = Predictor(pair, {"a": 0}, (16, 16), threshold, device="cpu").segment(plain_scan())
+        assert (found.codes.mask("a") == there).all() and (found.best == there).all()
 
 
 SIDED = {"kidney_left": 0, "kidney_right": 1, "liver": 2, "lung_middle_lobe_right": 3}
@@ -240,9 +249,9 @@ def test_a_network_of_slabs_is_mirrored_too():
 
 
 def test_entropy_by_hand():
-    p = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.9], [1.0, 0.01, 1.0, 0.0, 0.2]])[None, :, None]
+    p = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.9], [1.0, 0.01, 1.0, 0.0, 0.2]])
     # -0.25 log2 0.25 - 0.75 log2 0.75 = 0.8113; of 0.2: 0.7219
-    assert entropy_bits(p)[0, 0].tolist() == pytest.approx([1, 0.8113, 0, 0, 0.7219], abs=1e-4)
+    assert entropy_bits(p).tolist() == pytest.approx([1, 0.8113, 0, 0, 0.7219], abs=1e-4)
 
 
 def test_uncertainty_is_that_of_the_mean_probability():
@@ -259,6 +268,9 @@ def test_uncertainty_is_that_of_the_mean_probability():
     assert uncertainty(sure) == pytest.approx([alone], abs=1e-3)
     assert uncertainty(constants(60.0, -60.0)) == [0] and uncertainty(constants(0.0, -9.0)) == [1]
     assert uncertainty(sure, against) == [1]  # they contradict each other
+    p = (p + 0.5) / 2
+    alone = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+    assert uncertainty(sure, constants(0.0, -9.0)) == pytest.approx([alone], abs=1e-3)
     assert uncertainty(sure, sure, sure) == uncertainty(sure)
     assert Predictor(sure, labels, (16, 16), device="cpu").segment(plain_scan()).uncertainty is None
 
@@ -311,6 +323,12 @@ def test_the_largest_piece_stays_by_hand():
     for name, mask in expected.items():
         assert np.array_equal(codes.mask(name), mask), name
     assert np.array_equal(volume.mask("liver"), masks["liver"])  # what came in is as it was
+
+
+def test_the_largest_piece_is_that_of_most_voxels():
+    rod, pillar = blobs(((2, 3), (2, 3), (2, 9))), blobs(((5, 10), (5, 6), (5, 6)))  # 7 voxels and 5
+    codes, _ = cleaned(volume_of(liver=rod | pillar, mine=blobs(((2, 3), (2, 3), (4, 5)))))
+    assert np.array_equal(codes.mask("liver"), rod)
 
 
 def test_where_the_best_structure_goes_another_that_is_there_takes_its_place():
