@@ -195,7 +195,7 @@ def evaluate(
     evaluated = evaluation.evaluate(predictor, data.staged, parts, split, kept, scoring)
     bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape, scoring)
     results = report.Report(evaluated, data, output_dir, kept)
-    files = results.everything(bound, [one.path for one in loaded])
+    files = results.everything(bound, [one.path for one in loaded], threshold)
     print(*files, report.headline(results.outcome), sep="\n")
 
 

@@ -169,10 +169,11 @@ def _settings(one: Checkpoint) -> str:
     return f"```json\n{json.dumps(shown, indent=1)}\n```"
 
 
-def score_section(path: Path, summary: Mapping) -> str:
+def score_section(path: Path, summary: Mapping, trained_on: object) -> str:
     """The scores in an `evaluation_summary_<stamp>.json`, read from `path`, as Markdown.
 
-    Raises SegkitError that names the file where it is none.
+    trained_on: the fingerprint of the training data; of scores on other data it is said that they are. Raises
+    SegkitError that names the file where it is no summary.
     """
     try:
         for part in (summary["prediction"], summary["reference_through_target_shape"]):
@@ -183,6 +184,8 @@ def score_section(path: Path, summary: Mapping) -> str:
         said = headline(summary)
         rows = [_row(row) for row in summary["means"]["segkit"] if _is_shown(row)]
         found, tolerance = float(summary["found_at_dice"]), float(summary["nsd_tolerance_mm"])
+        threshold = None if summary["threshold"] is None else float(summary["threshold"])
+        same_data = summary["data"] == trained_on
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SegkitError(f"{path}: no summary of an evaluation ({error!r}); evaluate again") from error
     return "\n".join(
@@ -190,13 +193,19 @@ def score_section(path: Path, summary: Mapping) -> str:
             f"On the scans' own grids: {said}",
             "",
             f"Means on the {summary['split']} split, with bootstrap 95 % intervals over subjects; found means a Dice "
-            f"of {found:g} or more, surface Dice is at {tolerance:g} mm.",
+            f"of {found:g} or more, surface Dice is at {tolerance:g} mm.{_circumstances(threshold, same_data)}",
             "",
             "| score | over | mean | 95 % interval | structures | cases |",
             "|---|---|---|---|---|---|",
             *rows,
         )
     )
+
+
+def _circumstances(threshold: float | None, same_data: bool) -> str:
+    """What a reader would otherwise take for granted about scores."""
+    said = "" if same_data else " The scans are of other data than the fingerprint above."
+    return said + ("" if threshold is None else f" All structures at a probability of {threshold:g}, not their own.")
 
 
 def _is_shown(row: Mapping) -> bool:

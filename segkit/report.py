@@ -16,6 +16,7 @@ from segkit.codes import CodeVolume
 from segkit.confusion import worst_pairs
 from segkit.dataset import Data
 from segkit.evaluation import Evaluation
+from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
 from segkit.runs import make_folder, time_stamp, write_json, write_whole
 from segkit.styles import save_figure
@@ -60,15 +61,18 @@ class Report:
         """`evaluation_confusion_<stamp>.csv`: a row a pair of structures that were confused, over all subjects."""
         return self._write_csv("evaluation_confusion", worst_pairs(self.evaluated.confusion, self.evaluated.scores))
 
-    def summary(self, upper_bound: Evaluation, checkpoints: Sequence[Path]) -> dict:
+    def summary(self, upper_bound: Evaluation, checkpoints: Sequence[Path], threshold: float | None = None) -> dict:
         """`evaluation_summary_<stamp>.json`: the headline, the same for the reference through TARGET_SHAPE, all means.
 
-        `means`: of each protocol of `summaries.aggregate` its rows; None where there is no value.
+        `means`: of each protocol of `summaries.aggregate` its rows; None where there is no value. threshold: what the
+        predictor was told, None for the checkpoints' own. `data`: the fingerprint of what was scored.
         """
         scores = self.evaluated.scores
         self.outcome = {
             "split": self.split,
+            "data": data_fingerprint(self.data),
             "checkpoints": [str(path) for path in checkpoints],
+            "threshold": threshold,
             "found_at_dice": float(scores["found_at_dice"].iloc[0]),
             "nsd_tolerance_mm": float(scores["nsd_tolerance_mm"].iloc[0]),
             "prediction": summaries.summarize(scores),
@@ -163,11 +167,13 @@ class Report:
         path = Path(self.output_dir) / f"report_{self.stamp}.html"
         return self._keep(write_report_page(path, f"Evaluation {self.stamp}, {self.split} split", lead, tables))
 
-    def everything(self, upper_bound: Evaluation, checkpoints: Sequence[Path]) -> list[Path]:
-        """All files, the report last."""
+    def everything(
+        self, upper_bound: Evaluation, checkpoints: Sequence[Path], threshold: float | None = None
+    ) -> list[Path]:
+        """All files, the report last; arguments as those of `summary`."""
         self.table()
         self.confusion_table()
-        self.summary(upper_bound, checkpoints)
+        self.summary(upper_bound, checkpoints, threshold)
         for draw in (
             self.ranking, self.distribution, self.success, self.volume, self.subjects, self.confusion, self.cases,
             self.visualization, self.page, self.report,

@@ -174,7 +174,7 @@ def test_every_setting_that_may_name_a_path_was_thought_of():
     assert named == plain | {"init_checkpoint", "device"} and named - plain <= set(sharing.OF_THE_MACHINE)
 
 
-def summary_of(checkpoints, macro_dice=0.5):
+def summary_of(checkpoints, macro_dice=0.5, **others):
     scores = {
         "macro_dice": macro_dice, "macro_dice_low": 0.25, "macro_dice_high": 0.75, "structures": 3, "subjects": 4,
         "found": 9, "missed": 2, "false_alarms": 1, "correctly_absent": 0,
@@ -185,9 +185,10 @@ def summary_of(checkpoints, macro_dice=0.5):
         {**row, "measure": "hd95_mm", "mean": 12.5, "cases": 9}, {**row, "measure": "nsd", "mean": None},
     ]  # fmt: skip
     return {
-        "split": "test", "checkpoints": list(map(str, checkpoints)), "found_at_dice": 0.1, "nsd_tolerance_mm": 3.0,
+        "split": "test", "data": "ab" * 32, "checkpoints": list(map(str, checkpoints)), "threshold": None,
+        "found_at_dice": 0.1, "nsd_tolerance_mm": 3.0,
         "prediction": scores, "reference_through_target_shape": {**scores, "macro_dice": 0.875},
-        "means": {"segkit": rows},
+        "means": {"segkit": rows}, **others,
     }  # fmt: skip
 
 
@@ -237,10 +238,22 @@ def test_only_an_evaluation_of_these_checkpoints_as_they_are_is_told(tmp_path, c
     assert told() is None
 
 
+def test_scores_of_other_data_or_at_another_threshold_say_so(tmp_path):
+    run = run_of(tmp_path / "run")
+    checkpoint = run / "checkpoint_epoch3.pth"
+    write_summary(run, [checkpoint])
+    usual = export_model(run, tmp_path / "usual", LICENCE)[-1].read_text()
+    write_summary(run, [checkpoint], data="c" * 64, threshold=0.25)
+    told = export_model(run, tmp_path / "told", LICENCE)[-1].read_text()
+    for said in ("The scans are of other data than the fingerprint above.", "at a probability of 0.25, not their own."):
+        assert said in told and said not in usual
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"split": "<script>"},
+        {"threshold": "<script>"},
         {"prediction": {"macro_dice": "<script>"}},
         {"means": {"segkit": [{"measure": "<script>", "over": "structures", "mean": 1, "low": 0, "high": 1}]}},
         {"means": 3},
