@@ -23,6 +23,7 @@ from skimage.measure import find_contours
 from segkit.codes import CodeVolume
 from segkit.labels import OFFICIAL, color_of, rgb_of
 from segkit.styles import GREEN, SKY, VERMILION, YELLOW, sentence
+from segkit.subjects import Part
 
 WINDOWS = {
     "soft tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0),
@@ -178,15 +179,33 @@ def _tallest(samples: Sequence[tuple]) -> float:
     return max(hu.shape[0] * spacing[0] / (hu.shape[1] * spacing[1]) for _, hu, *_, spacing in samples)
 
 
-def plot_slices(samples: Sequence[tuple[str, np.ndarray, CodeVolume, Sequence[float]]]) -> Figure:
-    """Slices beside their masks: per sample a title, HU (y, x), codes (y, x), spacing in mm (y, x)."""
+def spread_slices(volume: CodeVolume, part: Part, number: int) -> list[int]:
+    """Slices of `part` evenly spread, from the head down, over those that hold a structure; codes are (z, y, x)."""
+    slices = part.slices(len(volume.codes))
+    held = [z for z in slices if volume.codes[z].any()] or slices
+    places = (np.arange(number) + 0.5) / number * len(held)
+    return sorted({held[int(place)] for place in places}, reverse=True)
+
+
+def plot_slices(
+    samples: Sequence[tuple[str, np.ndarray, CodeVolume, Sequence[float]]], unsure: Sequence[np.ndarray] = ()
+) -> Figure:
+    """Slices above their masks: per sample a title, HU (y, x), codes (y, x), spacing in mm (y, x).
+
+    unsure: per sample how unsure a model is, 0 to 1 bit (y, x); a third row shows it.
+    """
     if not samples:
         return sentence("no slices to show")
-    size = (3.2 * len(samples), 2 * (3.2 * _tallest(samples) + 0.2))
-    figure, axes = plt.subplots(2, len(samples), figsize=size, squeeze=False, layout="constrained")
+    rows = 3 if len(unsure) else 2
+    size = (3.2 * len(samples), rows * (3.2 * _tallest(samples) + 0.2))
+    figure, axes = plt.subplots(rows, len(samples), figsize=size, squeeze=False, layout="constrained")
     for column, (title, hu, volume, spacing_mm) in zip(axes.T, samples, strict=True):
         show_slice(column[0], hang(window(hu)), spacing_mm, title, cmap="gray")
         show_slice(column[1], overlay(hu, volume), spacing_mm)
+    for axis, bits, (*_, spacing_mm) in zip(axes[-1], unsure, samples, strict=False):
+        show_slice(axis, hang(np.asarray(bits, np.float32)), spacing_mm, cmap="inferno")
+    if len(unsure):
+        figure.colorbar(axes[-1, -1].images[0], ax=axes[-1], label="uncertainty, bits", fraction=0.02)
     structure_legend(figure, [volume for _, _, volume, _ in samples])
     return figure
 

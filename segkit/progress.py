@@ -13,7 +13,6 @@ from segkit import figures, pictures
 from segkit.checkpoints import Checkpoint, load_checkpoint
 from segkit.dataset import Data
 from segkit.inference import Predictor
-from segkit.report import spread_slices
 from segkit.styles import save_figure
 
 
@@ -44,7 +43,7 @@ def sample_predictions(
     """Slices of the first validation subject on its own grid, as `pictures.plot_predictions` shows them."""
     part = data.split.val[0]
     subject, predictor = data.staged[part.subject], Predictor.of(checkpoints, device=device)
-    chosen = spread_slices(subject.labels(), part, slices)
+    chosen = pictures.spread_slices(subject.labels(), part, slices)
     predicted = predictor.predict_slices(subject, chosen)
     samples = [
         (f"{subject.name}, slice {z}", subject.hu(z), subject.labels(z), predicted[z], subject.spacing_mm[1:])

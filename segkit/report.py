@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from segkit import cases, evaluation, figures, meshes, pages, pictures, rankings, summaries
-from segkit.codes import CodeVolume
 from segkit.confusion import worst_pairs
 from segkit.dataset import Data
 from segkit.evaluation import Evaluation
@@ -20,7 +19,6 @@ from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
 from segkit.runs import make_folder, time_stamp, write_json, write_whole
 from segkit.styles import save_figure
-from segkit.subjects import Part
 
 CAPTIONS = {
     "metrics_distribution": "The cases (a subject and a structure that it holds), and a box a group.",
@@ -131,7 +129,7 @@ class Report:
                 prediction.with_codes(prediction.codes[z]),
                 subject.spacing_mm[1:],
             )
-            for z in spread_slices(reference, part, slices)
+            for z in pictures.spread_slices(reference, part, slices)
         ]
         title = f"{subject.name} ({self.split} split)"
         return self._save("segmentation_visualization", pictures.plot_predictions(samples, title))
@@ -242,14 +240,6 @@ def _records(table: pd.DataFrame) -> list[dict]:
         {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
         for row in table.to_dict("records")
     ]
-
-
-def spread_slices(reference: CodeVolume, part: Part, number: int) -> list[int]:
-    """Slices of `part` evenly spread, from the head down, over those that hold a structure; codes are (z, y, x)."""
-    slices = part.slices(len(reference.codes))
-    held = [z for z in slices if reference.codes[z].any()] or slices
-    places = (np.arange(number) + 0.5) / number * len(held)
-    return sorted({held[int(place)] for place in places}, reverse=True)
 
 
 def headline(summary: dict) -> str:
