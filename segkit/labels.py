@@ -106,6 +106,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def safe_name(text: str) -> str:
+    """`text` as a name: what a file name should not hold becomes `_`. Raises SegkitError where nothing is left."""
+    return check_name(re.sub(r"[^\w.+-]+", "_", text).strip("_"))
+
+
 def make_label_map(names: Iterable[str], only: Sequence[str] | None = None) -> dict[str, int]:
     """Structure -> channel for the names found in the data: official names in the official order, others sorted after.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from segkit.codes import CodeVolume
@@ -14,6 +16,8 @@ HU_PLAUSIBLE = (-3100, 31_000)
 """HU that scanners write: padding down to -3024, metal up to 30,710 on an extended scale."""
 SCALED_RANGE = 16
 """CT values spread over less than this many HU were scaled to a unit range or are no scan."""
+AIR_IN_A_CT_HU = -200
+"""The CT of a patient holds voxels below: air around or inside, or lungs."""
 
 
 def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | None:
@@ -27,42 +31,55 @@ def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | N
     except SubjectError as error:
         findings.add("error", "unreadable", error)
         return None
+    hu = as_hu(volume, subject.ct, findings)
+    return None if hu is None else (hu, grid)
+
+
+def as_hu(volume: np.ndarray, path: Path, findings: Findings, scaled: str = "error") -> np.ndarray | None:
+    """The values of a file as int16; None where they cannot be HU. See `read_ct` for what is reported."""
     wrong = 0 if volume.dtype.kind in "bui" else int(np.count_nonzero(~np.isfinite(volume)))
     if wrong:
         findings.add(
             "error", "NaN",
-            f"{subject.ct}: {wrong} voxels are NaN or infinite, expected HU; repair the file or name the subject in "
-            "EXCLUDE",
+            f"{path}: {wrong} voxels are NaN or infinite, expected HU; repair the file or leave the scan out",
             value=wrong,
         )  # fmt: skip
         return None
     lowest, highest = volume.min(), volume.max()
-    if not _holds_hu(float(lowest), float(highest), subject, findings):
+    if not plausible(float(lowest), float(highest), path, findings, scaled):
         return None
     if volume.dtype == np.int16:
-        return volume, grid
+        return volume
     if lowest < HU_MIN or highest > HU_MAX:
         volume = np.clip(volume, HU_MIN, HU_MAX)
-    return np.rint(volume).astype(np.int16), grid
+    return (volume if volume.dtype.kind in "bui" else np.rint(volume)).astype(np.int16)
 
 
-def _holds_hu(lowest: float, highest: float, subject: Subject, findings: Findings) -> bool:
+def plausible(lowest: float, highest: float, path: Path, findings: Findings, scaled: str = "error") -> bool:
+    """Whether values in this range can be HU. Reports what `read_ct` does; `scaled`: how severe a scaled scan is."""
     found = f"its values go from {lowest:g} to {highest:g}"
     if lowest == highest:
-        findings.add("error", "empty CT", f"{subject.ct}: holds {lowest:g} everywhere, expected a scan in HU")
+        findings.add("error", "empty CT", f"{path}: holds {lowest:g} everywhere, expected a scan in HU")
         return False
     if highest - lowest < SCALED_RANGE:
-        findings.add(
-            "error", "scaled CT", f"{subject.ct}: {found}, expected HU; undo the scaling or take the original scan"
-        )
-        return False
+        findings.add(scaled, "scaled CT", f"{path}: {found}, expected HU; undo the scaling or take the original scan")
+        return scaled != "error"
     if lowest < HU_PLAUSIBLE[0] or highest > HU_PLAUSIBLE[1]:
         clipped = "; what int16 cannot hold was clipped" if lowest < HU_MIN or highest > HU_MAX else ""
         findings.add(
             "warning", "HU range",
-            f"{subject.ct}: {found}, expected HU from {HU_PLAUSIBLE[0]} to {HU_PLAUSIBLE[1]}{clipped}",
+            f"{path}: {found}, expected HU from {HU_PLAUSIBLE[0]} to {HU_PLAUSIBLE[1]}{clipped}",
         )  # fmt: skip
     return True
+
+
+def without_air(lowest: int, highest: int) -> str | None:
+    """What is odd about the values of a scan that go from `lowest` to `highest`: none below AIR_IN_A_CT_HU. Or None."""
+    if lowest < AIR_IN_A_CT_HU:
+        return None
+    looks = "an 8-bit image" if lowest >= 0 and highest <= 255 else "a window of HU, or values that are not HU"
+    found = f"its values go from {lowest} to {highest}, none below {AIR_IN_A_CT_HU}: {looks}"
+    return f"{found}; take the original scan"
 
 
 def read_labels(subject: Subject, grid: Grid, findings: Findings) -> CodeVolume:

@@ -7,7 +7,6 @@ NIfTI header holds XML with a LabelTable, of which each Label has the number as 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from segkit.codes import CodeVolume, CodeWriter, smallest_dtype
 from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.nifti import Grid, nifti_files, offset_mm, read_header, read_volume, stem
-from segkit.labels import check_name
+from segkit.labels import safe_name
 
 BACKGROUND = "background"
 MOST_NUMBERS = 1 << 20  # between the lowest and the highest: beyond, it is no label image
@@ -182,7 +181,7 @@ def numbers_of(table: Iterable[tuple[str, object]], source: str) -> dict[str, tu
         if values == (0,) or name.lower() == BACKGROUND:
             continue
         try:
-            safe = check_name(re.sub(r"[^\w.+-]+", "_", name).strip("_"))
+            safe = safe_name(name)
         except SegkitError as error:
             raise SegkitError(f"{source}: {error}") from error
         if safe in numbers or 0 in values:

@@ -101,19 +101,25 @@ def open_volume(path: Path, subject: str, content: bytes | None = None) -> Volum
     `content` is what the file holds on disk, where that was read already (`read_file`).
     """
     where = f"subject {subject}: {path}"
-    with _explained(where):
+    with explained(where):
         return Volume(_NiftiFile(path, path.read_bytes() if content is None else content), where)
 
 
 def read_header(path: Path, subject: str) -> nib.Nifti1Header:
     """A file's header with its extensions, without reading its voxels. Raises SubjectError as `read_volume`."""
-    with _explained(f"subject {subject}: {path}"):
+    with explained(f"subject {subject}: {path}"):
         return _NiftiFile(path, path.read_bytes()).header
+
+
+def says_where_it_lies(path: Path, subject: str) -> bool:
+    """Whether a header has an affine; without, nibabel makes one up. Raises SubjectError as `read_volume`."""
+    header = read_header(path, subject)
+    return bool(header["sform_code"] or header["qform_code"])
 
 
 def read_file(path: Path, subject: str) -> bytes:
     """What a file holds, as it lies on disk. Raises SubjectError as `read_volume`."""
-    with _explained(f"subject {subject}: {path}"):
+    with explained(f"subject {subject}: {path}"):
         return path.read_bytes()
 
 
@@ -133,7 +139,7 @@ class Volume:
         SubjectError, also at the end where the checksum is wrong.
         """
         total = math.prod(self.grid.shape)
-        with _explained(self._where):
+        with explained(self._where):
             self._file.go_to_voxels(total * self._dtype.itemsize)
             for start in range(0, total, voxels):
                 size = min(voxels, total - start) * self._dtype.itemsize
@@ -209,8 +215,8 @@ class _NiftiFile:
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a SubjectError that says what to do."""
+def explained(where: str, kind: str = "NIfTI") -> Iterator[None]:
+    """Whatever goes wrong inside with a file of that kind becomes a SubjectError that says what to do."""
     try:
         yield
     except SubjectError:
@@ -219,8 +225,8 @@ def _explained(where: str) -> Iterator[None]:
         raise SubjectError(f"{where}: damaged or cut short ({error}); copy or download it again") from error
     except OSError as error:
         raise SubjectError(f"{where}: cannot be read ({error}); copy or download it again") from error
-    except Exception as error:  # nibabel raises many kinds for a header that makes no sense
-        raise SubjectError(f"{where}: no readable NIfTI file ({type(error).__name__}: {error})") from error
+    except Exception as error:  # libraries raise many kinds for a header that makes no sense
+        raise SubjectError(f"{where}: no readable {kind} file ({type(error).__name__}: {error})") from error
 
 
 def _checked(header: nib.Nifti1Header, where: str) -> tuple[Grid, np.dtype]:
@@ -232,7 +238,11 @@ def _checked(header: nib.Nifti1Header, where: str) -> tuple[Grid, np.dtype]:
     dtype = header.get_data_dtype()
     if dtype.kind not in "buif":
         raise SubjectError(f"{where}: expected one number a voxel, found {dtype}")
-    affine = np.asarray(header.get_best_affine(), float)
+    return usable_grid(shape, np.asarray(header.get_best_affine(), float), where), dtype
+
+
+def usable_grid(shape: tuple[int, int, int], affine: np.ndarray, where: str) -> Grid:
+    """The grid of a file. Raises SubjectError, which starts with `where`, for an affine that makes no sense."""
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise SubjectError(f"{where}: its affine does not place the voxels in space: {affine[:3].round(3).tolist()}")
-    return Grid(shape, affine), dtype
+    return Grid(shape, affine)
