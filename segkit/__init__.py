@@ -5,12 +5,13 @@ The files in the order in which data walk through them; each imports only from t
     errors.py        what is raised, and what is reported, when something from outside is not as it should be
     labels.py        structures <-> channels, groups, colours, left/right partners
     codes.py         masks <-> one code volume with its codebook, lossless
-    formats/         files of others: NIfTI on a canonical grid, and the ways in which people keep labels
+    formats/         files of others: NIfTI, NRRD, DICOM, and the ways in which people keep labels
     phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
     runs.py          where a run's files go; files that are whole or not there
     download/        the public data set, resumable and checked
     subjects.py      find, choose and split the subjects of a data set
     reading.py       a subject's files -> HU and label codes, checked
+    scans.py         a scan of anybody's, without labels: NIfTI, NRRD or DICOM
     audit.py         what is wrong with a data set
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call

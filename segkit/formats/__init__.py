@@ -2,7 +2,8 @@
 
 Each way in which people keep labels is a LabelSource: `mask_files.py` (a mask file a structure, as in the data sets of
 TotalSegmentator) and `label_image.py` (one file in which each structure has a number); `nnunet.py` finds the cases of
-nnU-Net's raw data folders. All stand on `nifti.py`, and that on `gunzip.py`.
+nnU-Net's raw data folders. Scans come as NIfTI, as NRRD (`nrrd.py`) or as DICOM (`dicom.py` sorts the files into
+series, `dicom_stack.py` makes a volume of one). All stand on `nifti.py`, and that on `gunzip.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,246 @@
+"""A scan of anybody's, without labels: NIfTI, NRRD or DICOM in, HU on the canonical grid out, checked.
+
+A Scan has the face of a staged subject, so that what predicts one predicts the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from segkit.codes import CodeVolume
+from segkit.errors import Findings, SegkitError, SubjectError
+from segkit.formats import nifti, nrrd
+from segkit.formats.dicom import Series, find_series, is_dicom
+from segkit.formats.dicom_stack import read_stack
+from segkit.formats.nifti import Grid
+from segkit.labels import safe_name
+from segkit.reading import as_hu, plausible, refuse, without_air
+
+ENDINGS = (*nifti.ENDINGS, *nrrd.ENDINGS)
+
+ACCEPTED = (
+    "expected a .nii.gz, .nii or .nrrd file, a folder of such files, a folder of subjects (s0000/ct.nii.gz) or a "
+    "folder of DICOM files"
+)
+
+SHEARED_SHARE = 0.5
+"""Of the smallest voxel side: so far may a voxel lie from where it would lie on perpendicular axes."""
+
+
+@dataclass(frozen=True)
+class ScanSource:
+    """A scan that was found and is still to be read."""
+
+    name: str  # safe as a file name
+    path: Path  # its file, or the folder of a DICOM series
+    series: Series | None = None  # of DICOM
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan in memory, with what `segkit.staging.StagedSubject` has; nobody looked for structures in it."""
+
+    name: str
+    hu_volume: np.ndarray  # int16 (z, y, x) on the canonical grid
+    grid: Grid  # of the file: its shape (i, j, k) and affine
+    files: tuple[Path, ...]  # the file, or those of a DICOM series in the order of k
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns (z, y, x) on the canonical grid."""
+        return self.hu_volume.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size in mm along (z, y, x)."""
+        return self.grid.spacing_mm
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """The annotated structures: none."""
+        return ()
+
+    @property
+    def voxels(self) -> dict[str, int]:
+        """Voxels of each annotated structure: empty."""
+        return {}
+
+    @property
+    def info(self) -> dict:
+        """What of `subject.json` a scan has: `slices`, in which each annotated structure occurs, empty."""
+        return {"subject": self.name, "slices": {}}
+
+    def hu(self, z: int | slice = slice(None)) -> np.ndarray:
+        """HU of one axial slice (y, x) or of several (z, y, x), int16, contiguous."""
+        return np.ascontiguousarray(self.hu_volume[z])
+
+    def labels(self, z: int | slice = slice(None)) -> CodeVolume:
+        """Label codes of one axial slice (y, x) or of several (z, y, x): all 0, no structure is annotated."""
+        return self.codebook.with_codes(np.zeros(self.hu_volume[z].shape, np.uint8))
+
+    @cached_property
+    def codebook(self) -> CodeVolume:
+        """What the codes mean, without any codes."""
+        return CodeVolume(np.zeros(0, np.uint8), np.zeros((1, 0), bool), ())
+
+
+def find_scans(source: str | Path, series: str | None = None) -> list[ScanSource]:
+    """The scans of `source`, sorted by name: a NIfTI or NRRD file, a folder of such files or of subjects, or DICOM.
+
+    A folder that holds neither files nor subjects is searched for DICOM, folders inside included. Of several DICOM
+    series `series` takes one, by its UID or the end of it. Raises SegkitError where there is nothing to read, and where
+    there are several series and none is chosen: it lists them.
+    """
+    source = Path(source)
+    try:
+        if source.is_file():
+            return [_open_file(source, series)]
+        if not source.is_dir():
+            raise SegkitError(f"{source}: no such file or folder; {ACCEPTED}")
+        found = None if series is not None else _volume_files(source)
+        return _named(found) if found else [_dicom(source, _files_below(source), series)]
+    except OSError as error:
+        raise SegkitError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _open_file(path: Path, series: str | None) -> ScanSource:
+    if path.name.endswith(ENDINGS):
+        return _volume_source(path)
+    if path.name.endswith(".nhdr"):
+        raise SegkitError(f"{path}: keeps its voxels in another file; save the scan as one file, .nrrd or .nii.gz")
+    if not is_dicom(path):
+        raise SegkitError(f"{path}: neither NIfTI nor NRRD by its name, nor DICOM by its content; {ACCEPTED}")
+    return _dicom(path, [path], series)
+
+
+def _volume_files(folder: Path) -> list[Path]:
+    """The scans among the NIfTI and NRRD files of a folder; of a subject's folder its `ct` alone."""
+    cts = _cts(folder)
+    if cts:
+        return cts
+    files = [path for path in sorted(folder.glob("[!.]*")) if path.name.endswith(ENDINGS) and path.is_file()]
+    scans = [path for path in files if not path.name.endswith(".seg.nrrd")]
+    return scans or [ct for inside in sorted(folder.glob("[!.]*/")) for ct in _cts(inside)]
+
+
+def _cts(folder: Path) -> list[Path]:
+    return [path for ending in nifti.ENDINGS if (path := folder / f"ct{ending}").is_file()][:1]
+
+
+def _named(paths: Sequence[Path]) -> list[ScanSource]:
+    sources: dict[str, ScanSource] = {}
+    for source in map(_volume_source, paths):
+        if source.name in sources:
+            both = f"{sources[source.name].path} and {source.path}"
+            raise SegkitError(f"{both} would both be called {source.name}: rename one of them")
+        sources[source.name] = source
+    return [sources[name] for name in sorted(sources)]
+
+
+def _volume_source(path: Path) -> ScanSource:
+    """Named after its file; `ct.nii.gz` is what every subject has, so it is named after its folder."""
+    name = nifti.stem(path).removesuffix(".nrrd")
+    return ScanSource(_name(path, path.absolute().parent.name if name == "ct" else name), path)
+
+
+def _name(path: Path, text: str) -> str:
+    try:
+        return safe_name(text)
+    except SegkitError as error:
+        raise SegkitError(f"{path}: {error}; rename it") from error
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below it, hidden ones left out, sorted."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file():
+            yield path
+
+
+def _dicom(source: Path, files: Iterator[Path] | Sequence[Path], wanted: str | None) -> ScanSource:
+    every = find_series([path for path in files if is_dicom(path)])
+    if not every:
+        raise SegkitError(f"{source}: holds no scan; {ACCEPTED}")
+    # what has no place in the patient is no scan, and is chosen only where there is nothing else or by its UID
+    usable = [series for series in every if series.planes] or every
+    chosen = _chosen(every, wanted) if wanted is not None else usable
+    if len(chosen) != 1:
+        problem = f"{len(usable)} series" if wanted is None else f"{len(chosen)} series whose UID ends in {wanted!r}"
+        lines = "\n".join(f"  {series}" for series in (chosen or every))
+        raise SegkitError(f"{source}: found {problem}, expected one; choose by the UID or the end of it:\n{lines}")
+    [series] = chosen
+    folder = source if source.is_dir() else source.parent
+    text = nifti.stem(source).removesuffix(".dcm") if source.is_file() else source.absolute().name
+    return ScanSource(_name(source, text), folder, series)
+
+
+def _chosen(every: Sequence[Series], wanted: str) -> list[Series]:
+    exact = [series for series in every if series.uid == wanted]
+    return exact or [series for series in every if series.uid.endswith(wanted)]
+
+
+def read_scan(source: ScanSource, findings: Findings) -> Scan:
+    """Read a scan; what is doubtful goes into `findings`, and for an error among them SubjectError is raised.
+
+    HU are checked as those of a subject's CT (`segkit.reading.read_ct`); but a scan scaled to a unit range, one without
+    air and an image that is no CT are reported and read all the same: it is the asker's decision what to do with them.
+    An affine whose axes are not perpendicular is an error, a tilted gantry among them: distances and volumes are taken
+    along the axes, and what other programs make of such a grid differs (those on ITK refuse it).
+    """
+    read = _read_series(source, findings) if source.series else _read_file(source, findings)
+    refuse(findings)
+    hu, grid, files = read
+    _check_perpendicular(source, grid, findings)
+    refuse(findings)
+    odd = without_air(int(hu.min()), int(hu.max()))
+    if odd and not any(finding.kind in ("scaled CT", "no CT") for finding in findings):
+        findings.add("warning", "no air", f"{source.path}: {odd}", value=int(hu.min()))
+    return Scan(source.name, hu, grid, files)
+
+
+def _read_series(source: ScanSource, findings: Findings) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
+    stack = read_stack(source.series, findings)
+    if stack is None or not plausible(*stack.range, source.path, findings, "warning"):
+        return None
+    return stack.hu, stack.grid, stack.files
+
+
+def _read_file(source: ScanSource, findings: Findings) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
+    path, nifti_file = source.path, not source.path.name.endswith(nrrd.ENDINGS)
+    read: Callable = nifti.read_volume if nifti_file else nrrd.read_volume
+    try:
+        volume, grid = read(path, findings.subject)
+        if nifti_file and not nifti.says_where_it_lies(path, findings.subject):
+            text = "its header says nothing of orientation (sform_code and qform_code are 0): left and right, front "
+            text += "and back are guessed; compare the result with the scan"
+            findings.add("warning", "no orientation", f"{path}: {text}")
+    except SubjectError as error:
+        findings.add("error", "unreadable", error)
+        return None
+    hu = as_hu(volume, path, findings, "warning")
+    return None if hu is None else (grid.to_canonical(hu), grid, (path,))
+
+
+def _check_perpendicular(source: ScanSource, grid: Grid, findings: Findings) -> None:
+    lengths = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(grid.affine[:3, :3] / lengths)
+    straight = grid.affine.copy()
+    straight[:3, :3] = left @ right * lengths  # the nearest perpendicular axes, as long
+    apart, tolerance = grid.distance_mm(Grid(grid.shape, straight)), SHEARED_SHARE * lengths.min()
+    if apart > tolerance:
+        cosines = abs(grid.affine[:3, :3].T @ grid.affine[:3, :3] / np.outer(lengths, lengths))
+        angle = np.rad2deg(np.arcsin(min(1.0, np.triu(cosines, 1).max())))
+        tilted = "the gantry was tilted" if source.series else "its axes are not perpendicular"
+        findings.add(
+            "error", "sheared grid",
+            f"{source.path}: {tilted}, by {angle:.1f} degrees, so that voxels lie up to {apart:.1f} mm beside a regular"
+            f" grid (at most {tolerance:.2f}); resample it, for example with 3D Slicer's 'Resample Image' or dcm2niix, "
+            "and give that file",
+            value=angle,
+        )  # fmt: skip
