@@ -60,6 +60,26 @@ class CodeVolume:
                 annotated[label_map[name]] = True
         return table, annotated
 
+    def layers(self) -> list[tuple[str, ...]]:
+        """The structures in as few groups as come easily, none of which holds two that overlap; in their order."""
+        members = self.codebook.astype(np.int64)
+        overlap = members.T @ members > 0
+        layers: list[list[int]] = []
+        for column in range(len(self.structures)):
+            free = (layer for layer in layers if not overlap[column, layer].any())
+            layer = next(free, None)
+            if layer is None:
+                layers.append(layer := [])
+            layer.append(column)
+        return [tuple(self.structures[column] for column in layer) for layer in layers]
+
+    def lookup(self, numbers: Mapping[str, int]) -> np.ndarray:
+        """Code -> the number of the one structure of its set that `numbers` names, 0 where there is none: (K,)."""
+        table = np.zeros(len(self.codebook), smallest_dtype(max(numbers.values(), default=0) + 1))
+        for name, number in numbers.items():
+            table[self.codebook[:, self._column(name)]] = number
+        return table
+
     def with_codes(self, codes: np.ndarray) -> CodeVolume:
         """The same codebook over other codes: a slice, a crop, another orientation."""
         return CodeVolume(codes, self.codebook, self.structures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ RUN_FILES = (
     "report_*.html",
     "3d_*.html",
     "predictions",
+    "segmentations_*",
     "member_*",
 )
 """What belongs to one run. Staged stores, phantoms and executed notebooks serve several and stay where they are."""
@@ -110,6 +112,25 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_whole_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary folder beside `path`, then rename it: `path` has all of its files or is not there.
+
+    `path` may be there if it is empty; its parent is made.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

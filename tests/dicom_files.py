@@ -34,7 +34,7 @@ def make_series(
         image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, f"{uid}.{k + 1}"
         image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = "1.2", uid, "1.3"
         image.Modality, image.SeriesDescription, image.ImageType = "CT", "Thorax", ["ORIGINAL", "PRIMARY", "AXIAL"]
-        image.PatientID, image.PatientName, image.InstanceNumber = "0", "Nobody", hu.shape[2] - k
+        image.PatientID, image.PatientName, image.InstanceNumber = "0", "Nobody^", hu.shape[2] - k
         image.ImagePositionPatient = numbers(lps[:3, 3] + k * lps[:3, 2])
         image.ImageOrientationPatient = numbers((lps[:3, :2] / lengths[:2]).T.ravel())
         image.PixelSpacing = numbers(lengths[[1, 0]])

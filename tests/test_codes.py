@@ -46,6 +46,23 @@ def test_every_mask_comes_back_bit_for_bit(seed, structures, density, order):
             assert [(s.start, s.stop) for s in box] == list(zip(places.min(0), places.max(0) + 1, strict=True))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0, 0.6))
+def test_layers_hold_every_structure_once_and_no_overlap(seed, structures, density):
+    masks = {f"s{i}": np.random.default_rng((seed, i)).random((3, 4, 5)) < density for i in range(structures)}
+    volume = encode(masks.items(), (3, 4, 5))
+    layers = volume.layers()
+    assert sorted(name for layer in layers for name in layer) == sorted(masks)
+    for layer in layers:
+        assert sum((masks[name].astype(int) for name in layer), np.zeros((3, 4, 5), int)).max() <= 1
+        numbers = {name: place for place, name in enumerate(layer, start=3)}
+        written = volume.lookup(numbers)[volume.codes]
+        for name, number in numbers.items():
+            assert np.array_equal(written == number, masks[name])
+    overlaps = any((masks[a] & masks[b]).any() for a in masks for b in masks if a < b)
+    assert (len(layers) > 1) == overlaps
+
+
 def test_more_sets_than_a_byte_or_two_bytes_hold():
     numbers = np.arange(70_000)
     masks = [(f"bit{i}", (numbers >> i) & 1) for i in range(17)]

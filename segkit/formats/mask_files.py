@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from segkit.codes import CodeVolume, encode_places, places_inside
 from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.gunzip import payload
 from segkit.formats.nifti import Grid, Volume, nifti_files, offset_mm, open_volume, read_file, stem
+from segkit.formats.nifti_writing import file_planes, write_nifti
 from segkit.labels import check_name
 
 NOTHING = np.zeros(0, np.intp)
@@ -108,3 +112,39 @@ def find_mask_files(folder: Path, subject: str) -> MaskFiles:
     if not masks:
         raise SubjectError(f"subject {subject}: {folder} holds no <structure>.nii.gz")
     return MaskFiles(dict(sorted(masks.items())))
+
+
+def write_mask_files(folder: Path, volume: CodeVolume, grid: Grid) -> None:
+    """Write a mask a structure into `folder`, uint8 0 and 1, from codes (z, y, x) on the canonical axes of `grid`.
+
+    Each structure that was looked for gets its file: an empty one says that it is not there. Raises SegkitError for a
+    name that cannot be a file's.
+    """
+    names = [check_name(name) for name in volume.structures]
+    codes = file_planes(volume.codes, grid)
+    boxes = volume.with_codes(codes).boxes()
+
+    def write(name: str) -> None:
+        planes = _mask_planes(codes, volume.lookup({name: 1}), boxes[name])
+        write_nifti(folder / f"{name}.nii.gz", planes, grid, np.dtype(np.uint8))
+
+    with ThreadPoolExecutor() as threads:  # most of the time is compression, which holds no lock
+        list(threads.map(write, boxes))
+    nothing = [name for name in names if name not in boxes]
+    for name in nothing[:1]:
+        planes = repeat(np.zeros(codes.shape[1:], np.uint8), len(codes))
+        write_nifti(folder / f"{name}.nii.gz", planes, grid, np.dtype(np.uint8))
+    for name in nothing[1:]:
+        shutil.copyfile(folder / f"{nothing[0]}.nii.gz", folder / f"{name}.nii.gz")
+
+
+def _mask_planes(codes: np.ndarray, inside: np.ndarray, box: tuple[slice, ...]) -> Iterator[np.ndarray]:
+    """The planes of one mask from codes (k, j, i); only its box is looked at. inside: code -> 0 or 1."""
+    nothing = np.zeros(codes.shape[1:], np.uint8)
+    for k, plane in enumerate(codes):
+        if not box[0].start <= k < box[0].stop:
+            yield nothing
+        else:
+            mask = nothing.copy()
+            mask[box[1:]] = inside[plane[box[1:]]]
+            yield mask
