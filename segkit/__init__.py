@@ -5,7 +5,7 @@ The files in the order in which data walk through them; each imports only from t
     errors.py        what is raised, and what is reported, when something from outside is not as it should be
     labels.py        structures <-> channels, groups, colours, left/right partners
     codes.py         masks <-> one code volume with its codebook, lossless
-    formats/         files of others: NIfTI, NRRD, DICOM, and the ways in which people keep labels
+    formats/         files of others, in and out: NIfTI, NRRD, DICOM, labels, meshes
     phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
     runs.py          where a run's files go; files that are whole or not there
     download/        the public data set, resumable and checked
@@ -52,6 +52,9 @@ The files in the order in which data walk through them; each imports only from t
     rankings.py      charts over structures: ranking, comparison of two models, confusions
     meshes.py        codes -> closed meshes in mm, distances between them
     pages.py         meshes -> one HTML page that needs no network
+    measuring.py     volume, HU and place of each structure of a scan
+    exports.py       a segmentation in the formats of viewers
+    predicting.py    scans of one's own: read, segmented, written
     report_page.py   headings, tables and pictures -> one HTML page
     report.py        the files of an evaluation
     model_card.py    what a shared model says of itself

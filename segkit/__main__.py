@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from segkit.errors import Finding, SegkitError
-from segkit.settings import NO_AUGMENTATION, Scoring, TrainSettings
+from segkit.settings import NO_AUGMENTATION, Scoring, Segmenting, TrainSettings
 
 OUTPUTS = Path("outputs")
 
@@ -224,6 +224,53 @@ def compare(
     print(*files, sep="\n")
 
 
+def predict(
+    source: Positional[Path],
+    segmenting: Segmenting,
+    out: Path = OUTPUTS / "segmentations",
+    checkpoint: tuple[Path, ...] = (OUTPUTS,),
+    format: tuple[str, ...] = ("nifti",),
+    series: str | None = None,
+    resume: bool = False,
+    threshold: float | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> None:
+    """Segment scans of one's own; results have each scan's grid and open in the usual viewers.
+
+    Formats: nifti (one file with names and colours inside), masks (a file a structure), slicer (.seg.nrrd and colour
+    table), itksnap, dicom (DICOM SEG), stl, ply, html (meshes), csv (volumes in ml, mean HU). For education and
+    research, not for diagnosis.
+
+    Args:
+        source: a NIfTI or NRRD file, a folder of them, a folder of subjects, or a folder of DICOM files.
+        segmenting: of the segmentation.
+        out: where to, a folder a scan.
+        checkpoint: files, or folders of runs or shared models; several are averaged.
+        format: one or more of those above.
+        series: the series UID, or its end, where a DICOM folder holds several.
+        resume: leave out scans whose folder is there already.
+        threshold: a structure is where its probability exceeds this; by default what validated best for each.
+        batch_size: slices predicted at a time.
+        device: cpu, cuda, cuda:1 or mps; the best there is by default.
+    """
+    from segkit.checkpoints import load_checkpoints
+    from segkit.inference import Predictor
+    from segkit.predicting import predict_scans
+    from segkit.scans import find_scans
+
+    sources = find_scans(source, series)
+    loaded = [each for place in checkpoint for each in load_checkpoints(place)]
+    predictor = Predictor.of(loaded, threshold, batch_size, device)
+    failed = 0
+    for outcome in predict_scans(predictor, sources, out, format, segmenting, resume=resume):
+        _report(outcome.findings)
+        print(outcome, *outcome.files, sep="\n", flush=True)
+        failed += outcome.scan is None
+    if failed:
+        raise SegkitError(f"{failed} of {len(sources)} scans could not be read, see above")
+
+
 def share(
     folder: Positional[Path],
     data_licence: str,
@@ -294,24 +341,13 @@ def _report(problems: list[Finding]) -> None:
 
 def main() -> None:
     """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
-    verbs = {
-        verb.__name__: verb
-        for verb in (
-            phantom,
-            download,
-            audit,
-            stage,
-            train,
-            evaluate,
-            compare,
-            share,
-            demo,
-            check,
-        )
-    }
+    verbs = (phantom, download, audit, stage, train, evaluate, compare, predict, share, demo, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="python -m segkit", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+            {verb.__name__: verb for verb in verbs},
+            prog="python -m segkit",
+            description=__doc__,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     except SegkitError as error:
         sys.exit(f"segkit: {error}")

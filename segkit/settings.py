@@ -151,6 +151,15 @@ SCORING = Scoring()
 """The usual one."""
 
 
+@dataclass(frozen=True)
+class Segmenting:
+    """What a person chooses about the segmentation of a scan of their own."""
+
+    mirror: bool = False  # also predict each mirrored slice and average: twice the time
+    largest: bool = False  # of each structure its largest piece alone, where it comes in one
+    uncertainty: bool = False  # keep how unsure the model is at each voxel, 0 to 1 bit
+
+
 def _check_model(model: str, features: tuple[int, ...], patch_slices: int, context: int) -> None:
     step = 2 ** len(features)
     if model == "attention_unet" and min(features) < 2:

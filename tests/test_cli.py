@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-VERBS = ("phantom", "download", "audit", "stage", "train", "evaluate", "compare", "share", "demo", "check")
+VERBS = ("phantom", "download", "audit", "stage", "train", "evaluate", "compare", "predict", "share", "demo", "check")
 
 
 def segkit(*arguments, cwd, ok=True):
@@ -54,6 +54,17 @@ def test_the_verbs_one_after_the_other(tmp_path):
     card = (tmp_path / "shared" / "README.md").read_text()
     assert f"macro Dice {summary['prediction']['macro_dice']:.3f}" in card and str(tmp_path) not in card
     [table] = outputs.glob("evaluation_results_*.csv")
+    scored = {row["structure"]: row for row in csv.DictReader(table.open())}
+    subject = next(iter(scored.values()))["subject"]
+    segkit(
+        "predict", f"data/{subject}/ct.nii.gz", "--checkpoint", "shared", "--out", "own", "--format", "csv", "masks",
+        "--device", "cpu", cwd=tmp_path,
+    )  # fmt: skip
+    measured = csv.DictReader((tmp_path / "own" / subject / f"{subject}_structures.csv").open())
+    voxels = {row["structure"]: row["voxels"] for row in measured}
+    assert all(voxels[name] == row["predicted_voxels"] for name, row in scored.items())  # as it was evaluated
+    assert len(list((tmp_path / "own" / subject / "segmentations").iterdir())) == len(voxels) == 117
+    assert "holds files already" in segkit("predict", f"data/{subject}", "--out", "own", cwd=tmp_path, ok=False)
     shutil.copy(table, tmp_path / "again.csv")
     segkit("compare", table, "again.csv", "--names", "one", "two", cwd=tmp_path)
     assert len(list(outputs.glob("comparison_2_*.png"))) == 1

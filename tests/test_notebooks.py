@@ -74,8 +74,12 @@ def test_without_data_both_notebooks_run_on_phantoms_and_say_so(tmp_path):
     trained = run("train_unet", tmp_path, PHANTOM_SUBJECTS=3, PHANTOM_DETAIL=0.35, **QUICK)
     assert "DATA_DIR is None: working on synthetic CT subjects" in printed(trained)
     assert "epoch 1/1: loss" in printed(trained)
-    judged = run("segmentation_detection_analysis", tmp_path, DEVICE="cpu", JOBS=1)
+    scan = next(tmp_path.glob("phantoms_*/s*/ct.nii.gz"))
+    judged = run("segmentation_detection_analysis", tmp_path, DEVICE="cpu", JOBS=1, OWN_SCAN=str(scan))
     assert "macro Dice" in printed(judged)
+    [own] = tmp_path.glob(f"segmentations_*/{scan.parent.name}")
+    ends = {path.name.removeprefix(scan.parent.name) for path in own.iterdir()}
+    assert ends == {"_labels.nii.gz", "_labels.json", "_3d.html", "_structures.csv", "_uncertainty.nii.gz"}
     for pattern in FILES:
         assert len(list(tmp_path.glob(pattern))) == 1, pattern
     shown = [output.get("data", {}) for cell in judged.cells for output in cell.get("outputs", [])]

@@ -1,0 +1,118 @@
+"""One's own scans: read, segmented, and written for the viewers that people use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from segkit import exports
+from segkit.errors import Findings, SegkitError, SubjectError
+from segkit.formats.nifti_writing import file_planes, write_nifti
+from segkit.inference import Predictor, Segmentation
+from segkit.pictures import plot_slices, spread_slices
+from segkit.runs import write_whole_folder
+from segkit.scans import Scan, ScanSource, read_scan
+from segkit.settings import Segmenting
+from segkit.subjects import Part
+
+PLAIN = Segmenting()
+
+
+@dataclass
+class Outcome:
+    """What became of one scan: without `scan` it could not be read, and `findings` says why."""
+
+    source: ScanSource
+    findings: Findings
+    scan: Scan | None = None
+    segmentation: Segmentation | None = None
+    files: list[Path] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+
+    def __str__(self) -> str:
+        if self.scan is None:
+            return f"{self.source.name}: not segmented"
+        voxels = self.segmentation.codes.voxels()
+        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
+        return f"{self.source.name}: {sum(n > 0 for n in voxels.values())} of {len(voxels)} structures; {stages}"
+
+
+def predict_scans(
+    predictor: Predictor,
+    sources: Sequence[ScanSource],
+    folder: str | Path,
+    formats: Sequence[str] = ("nifti",),
+    choices: Segmenting = PLAIN,
+    progress: bool = True,
+    resume: bool = False,
+) -> Iterator[Outcome]:
+    """Segment scans one after the other into `folder`/<name>/, in each of `formats` (`exports.FORMATS`).
+
+    A scan's folder appears with all of its files or not at all; memory is that of one scan. A scan that cannot be read
+    is an Outcome without files. With `resume` those whose folder is there are left out. Raises SegkitError before the
+    first scan for a format that there is not or that a scan cannot have, and where a scan's folder holds files.
+    """
+    exports.check_formats(formats, sources)
+    folders = {source.name: Path(folder) / source.name for source in sources}
+    done = [name for name, there in folders.items() if there.is_dir() and any(there.iterdir())]
+    if done and not resume:
+        raise SegkitError(
+            f"{folders[done[0]]}: holds files already, as do {len(done) - 1} more; resume leaves these scans out (from "
+            "a shell: --resume), or choose another folder for the results"
+        )
+    left = [source for source in sources if source.name not in done]
+    return (_predict(predictor, source, folders[source.name], formats, choices, progress) for source in left)
+
+
+def _predict(
+    predictor: Predictor, source: ScanSource, folder: Path, formats: Sequence[str], choices: Segmenting, progress: bool
+) -> Outcome:
+    outcome = Outcome(source, Findings(source.name))
+    started = time.perf_counter()
+
+    def stage_done(name: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        outcome.seconds[name], started = now - started, now
+
+    try:
+        outcome.scan = read_scan(source, outcome.findings)
+    except SubjectError:
+        return outcome  # the error is among the findings
+    stage_done("read")
+    outcome.segmentation = predictor.segment(
+        outcome.scan, choices.mirror, choices.largest, choices.uncertainty, progress
+    )
+    stage_done("segmented")
+    write_whole_folder(folder, lambda temporary: _write(outcome, temporary, formats))
+    outcome.files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stage_done("written")
+    return outcome
+
+
+def _write(outcome: Outcome, folder: Path, formats: Sequence[str]) -> None:
+    exports.write(formats, outcome.scan, outcome.segmentation, folder, outcome.findings)
+    if outcome.segmentation.uncertainty is not None:
+        _write_uncertainty(folder, outcome.scan, outcome.segmentation.uncertainty)
+
+
+def _write_uncertainty(folder: Path, scan: Scan, bits: np.ndarray) -> None:
+    """`<name>_uncertainty.nii.gz`, float32: 0 to 1 bit, see `inference.Segmentation`."""
+    planes = (plane.astype(np.float32) for plane in file_planes(bits, scan.grid))
+    write_nifti(folder / f"{scan.name}_uncertainty.nii.gz", planes, scan.grid, np.dtype(np.float32))
+
+
+def picture(outcome: Outcome, slices: int = 4) -> Figure:
+    """Some slices of a scan with what was found in them, and where the model is unsure if that was kept."""
+    scan, found = outcome.scan, outcome.segmentation
+    chosen = spread_slices(found.codes, Part(scan.name), slices)
+    samples = [
+        (f"{scan.name}, slice {z}", scan.hu(z), found.codes.with_codes(found.codes.codes[z]), scan.spacing_mm[1:])
+        for z in chosen
+    ]
+    return plot_slices(samples, () if found.uncertainty is None else found.uncertainty[chosen])

@@ -1,0 +1,122 @@
+"""Scans of one's own, from the file to what viewers open."""
+
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import write_nifti
+from torch import nn
+
+from segkit import augment, exports, predicting, settings
+from segkit.errors import SegkitError
+from segkit.inference import Predictor
+from segkit.scans import find_scans
+
+
+class Bright(nn.Module):
+    """A network that calls liver what is above 200 HU, and never finds the second structure."""
+
+    in_channels = 1
+
+    def forward(self, images):
+        return torch.cat([images - augment.normalize(torch.tensor(200.0)), images - 9], 1)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(Bright(), {"liver": 0, "spleen": 1}, (20, 20), device="cpu")
+
+
+def scan_file(path, affine=None, seed=0):
+    """HU in squares of 4 x 4 voxels, so that what is bright is a shape and not noise; returns path and HU (i, j, k)."""
+    squares = np.random.default_rng(seed).choice([-900, 40, 400], (5, 5, 6))
+    hu = squares.repeat(4, 0).repeat(4, 1).astype(np.int16)
+    return write_nifti(path, hu, np.diag([-2.0, 2.0, 3.0, 1.0]) if affine is None else affine), hu
+
+
+def test_a_folder_of_scans_comes_back_on_their_own_grids(predictor, tmp_path):
+    turned = np.array([[0, 0, 3.0, 5], [-2.0, 0, 0, 6], [0, 2.0, 0, 7], [0, 0, 0, 1]])
+    volumes = {
+        "a": scan_file(tmp_path / "in" / "a.nii.gz")[1],
+        "b": scan_file(tmp_path / "in" / "b.nii.gz", turned, seed=1)[1],
+    }
+    out = tmp_path / "out"
+    done = list(predicting.predict_scans(predictor, find_scans(tmp_path / "in"), out, ("masks", "csv"), progress=False))
+    assert [outcome.source.name for outcome in done] == ["a", "b"]
+    for outcome in done:
+        name, source = outcome.source.name, nib.load(outcome.source.path)
+        assert all(path.is_file() and path.is_relative_to(out / name) for path in outcome.files)
+        assert set(outcome.seconds) == {"read", "segmented", "written"} and "1 of 2 structures" in str(outcome)
+        mask = nib.load(out / name / "segmentations" / "liver.nii.gz")
+        assert np.allclose(mask.affine, source.affine, atol=1e-5) and mask.shape == source.shape
+        if name == "a":  # its slices lie as the network sees them, so squares come back as they are
+            assert np.array_equal(np.asarray(mask.dataobj) > 0, volumes[name] > 200)
+        assert not np.asarray(nib.load(out / name / "segmentations" / "spleen.nii.gz").dataobj).any()
+
+
+def test_a_scan_that_cannot_be_read_is_said_and_the_others_are_done(predictor, tmp_path):
+    scan_file(tmp_path / "in" / "good.nii.gz")
+    whole = scan_file(tmp_path / "in" / "bad.nii.gz")[0].read_bytes()
+    (tmp_path / "in" / "bad.nii.gz").write_bytes(whole[: len(whole) // 2])
+    bad, good = predicting.predict_scans(
+        predictor, find_scans(tmp_path / "in"), tmp_path / "out", ("nifti",), progress=False
+    )
+    assert bad.scan is None and bad.files == [] and str(bad) == "bad: not segmented"
+    [finding] = [finding for finding in bad.findings if finding.severity == "error"]
+    assert "bad.nii.gz" in str(finding) and not (tmp_path / "out" / "bad").exists()
+    assert good.scan is not None and good.files
+
+
+def test_what_cannot_be_done_is_refused_before_the_first_scan(predictor, tmp_path):
+    sources = find_scans(scan_file(tmp_path / "a.nii.gz")[0])
+    with pytest.raises(SegkitError, match=r"'gif': expected one or more of\n  nifti"):
+        predicting.predict_scans(predictor, sources, tmp_path / "out", ("nifti", "gif"))
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(SegkitError, match=r"out/a: holds files already"):
+        predicting.predict_scans(predictor, sources, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "a").iterdir()] == ["notes.txt"]
+    scan_file(tmp_path / "b.nii.gz")
+    both = find_scans(tmp_path)
+    [done] = predicting.predict_scans(predictor, both, tmp_path / "out", ("csv",), progress=False, resume=True)
+    assert done.source.name == "b" and [path.name for path in done.files] == ["b_structures.csv"]
+
+
+def test_a_scans_folder_is_whole_or_not_there(predictor, tmp_path, monkeypatch):
+    path, _ = scan_file(tmp_path / "a.nii.gz")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pandas.DataFrame.to_csv", full)
+    with pytest.raises(OSError):
+        list(predicting.predict_scans(predictor, find_scans(path), tmp_path / "out", ("nifti", "csv"), progress=False))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_uncertainty_lies_on_the_scan_and_is_highest_at_edges(predictor, tmp_path):
+    path, hu = scan_file(tmp_path / "a.nii.gz")
+    [outcome] = predicting.predict_scans(
+        predictor, find_scans(path), tmp_path / "out", ("nifti",), settings.Segmenting(uncertainty=True), progress=False
+    )
+    [unsure] = [file for file in outcome.files if file.name == "a_uncertainty.nii.gz"]
+    image = nib.load(unsure)
+    bits = np.asarray(image.dataobj)
+    assert image.shape == hu.shape and np.allclose(image.affine, nib.load(path).affine)
+    assert bits.min() >= 0 and bits.max() <= 1
+    # the nearer a voxel is to the threshold of 200 HU, the less sure this network is: 40 and 400 HU against -900
+    assert bits[hu == 400].mean() > 2 * bits[hu == -900].mean()
+    figure = predicting.picture(outcome, slices=3)
+    assert [axes.get_title() for axes in figure.axes[:3]] == [f"a, slice {z}" for z in (5, 3, 1)]
+    assert len([axes for axes in figure.axes if axes.images]) == 9
+    plt.close(figure)
+
+
+def test_every_format_has_a_writer(predictor, tmp_path):
+    path, _ = scan_file(tmp_path / "a.nii.gz")
+    formats = [name for name in exports.FORMATS if name != "dicom"]  # needs a DICOM series
+    [outcome] = predicting.predict_scans(predictor, find_scans(path), tmp_path / "out", formats, progress=False)
+    assert all(file.stat().st_size for file in outcome.files) and len(set(outcome.files)) == len(outcome.files)
+    ends = ("nii.gz", "json", "nrrd", "ctbl", "txt", "stl", "ply", "html", "csv")
+    assert {end for end in ends if any(file.name.endswith(end) for file in outcome.files)} == set(ends)
