@@ -1,13 +1,14 @@
-"""Seconds and memory of segmenting one large scan, stage by stage, and what each switch adds.
+"""Seconds and memory of segmenting one large scan and writing it, stage by stage, and what each switch adds.
 
 usage: python benchmarks/predicting.py SUBJECT_DIR OUT_DIR [--steps 90] [--members 1] [--switches mirror largest ...]
+                                       [--formats nifti masks ...]
                                        [--threads N] [--device cpu]
 
 SUBJECT_DIR holds a ct.nii.gz and segmentations/ (the real torso of the tests). In OUT_DIR, which keeps them for the
 next time, are made: its CT at SHAPE voxels, and a network of the default size (TARGET_SHAPE 256 x 256, 117 structures)
 trained on that subject for `--steps` steps, so that what it finds looks like organs and not like noise. An ensemble has
-the same network several times. The scan is read and segmented in a process of its own, whose seconds and peak memory
-are measured as a whole; of each stage the seconds are those spent inside of it.
+the same network several times. The scan is read, segmented and written in a process of its own, whose seconds and peak
+memory are measured as a whole; of each stage the seconds are those spent inside of it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import functools
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -29,10 +30,10 @@ from scipy import ndimage
 
 from segkit import augment, inference, segmenting
 from segkit.checkpoints import load_checkpoints
-from segkit.codes import CodeVolume
 from segkit.dataset import open_data
-from segkit.formats.nifti import Grid, read_volume
-from segkit.settings import TrainSettings
+from segkit.predicting import predict_scans
+from segkit.scans import find_scans
+from segkit.settings import Segmenting, TrainSettings
 from segkit.training import train
 
 SHAPE = (512, 512, 280)  # i, j, k of the file
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--members", type=int, default=1)
     parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=("largest",))
+    parser.add_argument("--formats", nargs="+", default=("nifti",))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
@@ -88,57 +90,28 @@ def segment(chosen: argparse.Namespace) -> None:
         torch.set_num_threads(chosen.threads)
     seconds = {}
     loaded = load_checkpoints(chosen.out_dir / "run")
-    scan = timed(seconds, "reading", read_scan)(chosen.out_dir / "ct.nii.gz")
     predictor = inference.Predictor.of(loaded * chosen.members, batch_size=chosen.batch, device=chosen.device)
     augment.to_network = timed(seconds, "to the network's grid", augment.to_network)
     for model in predictor.models[:1]:  # the same one several times
         model.forward = timed(seconds, "network", model.forward)
     segmenting.Collector.add = timed(seconds, "back to the grid, codes", segmenting.Collector.add)
     inference.keep_largest = timed(seconds, "largest pieces", inference.keep_largest)
-    whole = timed(seconds, "segment as a whole", predictor.segment)
-    found = whole(scan, **dict.fromkeys(chosen.switches, True))
+    choices = Segmenting(**dict.fromkeys(chosen.switches, True))
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = find_scans(chosen.out_dir / "ct.nii.gz")
+        [done] = predict_scans(predictor, sources, scratch, chosen.formats, choices, progress=False)
+    found = done.segmentation
     table = found.codes.codebook
     occurring = [table[np.unique(codes)].any(0).sum() for codes in found.codes.codes]
     print(
         f"{found.codes.codes.shape} voxels on {predictor.device}, {torch.get_num_threads()} threads, batch "
-        f"{chosen.batch}, {chosen.members} networks, with {', '.join(chosen.switches) or 'no switch'}: "
-        f"{len(found.codes.boxes())} structures, {np.mean(occurring):.0f} a slice, {len(table)} codes\n"
+        f"{chosen.batch}, {chosen.members} networks, with {', '.join(chosen.switches) or 'no switch'}, written as "
+        f"{', '.join(chosen.formats)}: {len(found.codes.boxes())} structures, {np.mean(occurring):.0f} a slice, "
+        f"{len(table)} codes\n"
     )
     print("| | s |\n|---|---|")
-    for stage, taken in seconds.items():
+    for stage, taken in {**done.seconds, **{f"of it: {name}": taken for name, taken in seconds.items()}}.items():
         print(f"| {stage} | {taken:.1f} |", flush=True)
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """As a scan that a person gives, with what segmenting asks of a StagedSubject."""
-
-    name: str
-    hu_volume: np.ndarray  # int16 (z, y, x)
-    grid: Grid
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.hu_volume.shape
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        return self.grid.spacing_mm
-
-    @property
-    def codebook(self) -> CodeVolume:
-        return CodeVolume(np.zeros(0, np.uint8), np.zeros((1, 0), bool), ())
-
-    def hu(self, z: int | slice = slice(None)) -> np.ndarray:
-        return np.ascontiguousarray(self.hu_volume[z])
-
-    def labels(self, z: int | slice = slice(None)) -> CodeVolume:
-        return self.codebook.with_codes(np.zeros(self.hu_volume[z].shape, np.uint8))
-
-
-def read_scan(path: Path) -> InMemory:
-    volume, grid = read_volume(path, "scan")
-    return InMemory("scan", grid.to_canonical(volume), grid)
 
 
 def timed(seconds: dict[str, float], stage: str, work: Callable) -> Callable:

@@ -1,11 +1,13 @@
 """Scans of one's own, from the file to what viewers open."""
 
+import highdicom
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import write_nifti
+from dicom_files import make_series, save
 from torch import nn
 
 from segkit import augment, exports, predicting, settings
@@ -120,3 +122,21 @@ def test_every_format_has_a_writer(predictor, tmp_path):
     assert all(file.stat().st_size for file in outcome.files) and len(set(outcome.files)) == len(outcome.files)
     ends = ("nii.gz", "json", "nrrd", "ctbl", "txt", "stl", "ply", "html", "csv")
     assert {end for end in ends if any(file.name.endswith(end) for file in outcome.files)} == set(ends)
+
+
+def test_the_torso_as_dicom_and_as_nifti_gives_the_same_masks(torso_dir, predictor, tmp_path):
+    path = torso_dir / "s0000" / "ct.nii.gz"
+    image = nib.load(path)
+    series = save(make_series(np.asarray(image.dataobj), image.affine, intercept=0, signed=True), tmp_path / "series")
+    formats, found = ("masks", "dicom"), {}
+    for source, kinds in ((path, formats[:1]), (series, formats)):
+        [outcome] = predicting.predict_scans(
+            predictor, find_scans(source), tmp_path / "out", kinds, settings.Segmenting(largest=True), progress=False
+        )
+        mask = nib.load(tmp_path / "out" / outcome.source.name / "segmentations" / "liver.nii.gz")
+        assert np.allclose(np.abs(np.linalg.det(mask.affine)), np.abs(np.linalg.det(image.affine)), rtol=1e-6)
+        found[outcome.source.name] = np.asarray(nib.as_closest_canonical(mask).dataobj)
+    assert np.array_equal(found["s0000"], found["series"]) and found["series"].sum() > 1_000
+    [made] = [file for file in outcome.files if file.suffix == ".dcm"]
+    read = highdicom.seg.segread(made)
+    assert read.get_volume(combine_segments=True).array.sum() == found["series"].sum()
