@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo test lab check lint format clean
+.PHONY: help demo test faults lab check lint format clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
 	@echo "make test    all tests"
+	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff"
@@ -22,6 +23,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+faults: $(READY)
+	SEGKIT_FAULTS=docs/reliability.md $(BIN)/python -m pytest tests/test_faults_*.py
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
