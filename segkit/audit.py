@@ -31,7 +31,6 @@ from segkit.reading import read_ct, read_labels
 from segkit.runs import write_whole
 from segkit.subjects import Subject, find_subjects
 
-AIR_IN_A_CT_HU = -200  # the CT of a patient holds voxels below: air around or inside, or lungs
 AIR_HU = -920  # a block of air around the patient is below (the middle between its extremes), one of lungs above
 MARGIN_MM = 10  # how far beyond the outline of the body is outside, and how far the wrong way round is clearly wrong
 SIZEABLE_SHARE = 0.1  # of a structure's voxels: from here on it is reported what lies on padding or outside the body
@@ -60,7 +59,6 @@ def audit(data_dir: str | Path, jobs: int | None = 1, progress: bool = True) -> 
 
     | severity | kind | what | value |
     |---|---|---|---|
-    | warning | no air | no voxel of the CT is below AIR_IN_A_CT_HU: no HU, a window of them, or no CT | lowest HU |
     | warning | on padding | SIZEABLE_SHARE of a structure or more lies where nothing was scanned: `_Places` | voxels |
     | warning | outside the body | that share lies more than MARGIN_MM outside the patient: `_Places` | voxels |
     | warning | swapped sides | a left structure, more than MARGIN_MM to the right of its partner | mm |
@@ -151,15 +149,7 @@ def _audit_subject(subject: Subject) -> tuple[list[Row], str | None]:
         digest.update(np.ascontiguousarray(plane))
     places = _Places.of(hu, labels, grid)
     judged = [check(subject, places) for check in (_misplaced, _wrong_way_round, _overlaps)]
-    return [*map(_row_of, findings), *_no_air(subject, hu), *chain(*judged)], digest.hexdigest()
-
-
-def _no_air(subject: Subject, hu: np.ndarray) -> Iterator[Row]:
-    lowest, highest = int(hu.min()), int(hu.max())
-    if lowest >= AIR_IN_A_CT_HU:
-        looks = "an 8-bit image" if lowest >= 0 and highest <= 255 else "a window of HU, or values that are not HU"
-        found = f"its values go from {lowest} to {highest}, none below {AIR_IN_A_CT_HU}: {looks}"
-        yield _row(subject, "no air", f"{subject.ct}: {found}; take the original scan", lowest)
+    return [*map(_row_of, findings), *chain(*judged)], digest.hexdigest()
 
 
 class _Blocks:

@@ -12,6 +12,8 @@ from segkit.subjects import Subject
 HU_MIN, HU_MAX = np.iinfo(np.int16).min, np.iinfo(np.int16).max
 HU_PLAUSIBLE = (-3100, 31_000)
 """HU that scanners write: padding down to -3024, metal up to 30,710 on an extended scale."""
+AIR_IN_A_CT_HU = -200
+"""The CT of a patient holds voxels below: air around or inside, or lungs."""
 SCALED_RANGE = 16
 """CT values spread over less than this many HU were scaled to a unit range or are no scan."""
 
@@ -20,7 +22,8 @@ def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | N
     """HU (i, j, k) as int16 on the file's axes, and its grid; None where the CT cannot be used.
 
     Values are rounded, and clipped where the file holds more than int16 can. Reported are: an unreadable file, NaN, one
-    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE (a warning).
+    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE, and no HU below
+    AIR_IN_A_CT_HU (warnings).
     """
     try:
         volume, grid = read_volume(subject.ct, subject.name)
@@ -62,7 +65,20 @@ def _holds_hu(lowest: float, highest: float, subject: Subject, findings: Finding
             "warning", "HU range",
             f"{subject.ct}: {found}, expected HU from {HU_PLAUSIBLE[0]} to {HU_PLAUSIBLE[1]}{clipped}",
         )  # fmt: skip
+    if lowest >= AIR_IN_A_CT_HU:
+        findings.add(
+            "warning", "no air",
+            f"{subject.ct}: {found}, none below {AIR_IN_A_CT_HU}: {_without_air(lowest, highest)}; take the original "
+            "scan",
+            value=lowest,
+        )  # fmt: skip
     return True
+
+
+def _without_air(lowest: float, highest: float) -> str:
+    if lowest < 0:
+        return "a window of HU, or values that are not HU"
+    return "an 8-bit image" if highest <= 255 else "HU + 1024, a window of HU, or values that are not HU"
 
 
 def read_labels(subject: Subject, grid: Grid, findings: Findings) -> CodeVolume:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from segkit.checkpoints import TrainingState, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
-from segkit.errors import SegkitError
+from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
 from segkit.ranks import Ranks, join_ranks
 from segkit.record import make_record
@@ -236,15 +236,19 @@ class _Trainer:
             self._train(save, interrupts, progress)
         s = self.settings
         self.ranks.align(self.learner.model)
-        validation = validate(
-            self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
-            max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
-            s.validation_slices, s.workers, progress, self.ranks,
-        )  # fmt: skip
-        row = self.training_row()
-        if not np.isfinite(validation.loss):
-            raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
-        row |= {**as_row(validation, self.data.label_map), "seconds": round(time.monotonic() - self.started, 2)}
+        try:
+            validation = validate(
+                self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
+                max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
+                s.validation_slices, s.workers, progress, self.ranks,
+            )  # fmt: skip
+        except DivergedError as error:
+            raise self._stopped(error) from None
+        row = {
+            **self.training_row(),
+            **as_row(validation, self.data.label_map),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
         self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
 
@@ -280,9 +284,11 @@ class _Trainer:
                 if not self.learner.prepared:
                     self.learner.prepare(batch)
                 self.whole = False
-                loss = self.learner.step(batch, epoch, self._rate(len(self.seen)))
-                self._check(loss, order, epoch)
-                self.seen.append(loss)
+                try:
+                    self.seen.append(self.learner.step(batch, epoch, self._rate(len(self.seen))))
+                except DivergedError as error:
+                    items = order[self.place : self.place + s.batch_size]
+                    raise self._stopped(f"{error} at the slices {self.train_slices.named(items)}") from None
                 self.place = min(self.place + s.batch_size, len(order))
                 self.whole = True
                 bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
@@ -292,13 +298,11 @@ class _Trainer:
                     save()
                     saved = time.monotonic()
 
-    def _check(self, loss: float, order: list[int], epoch: int) -> None:
-        """SegkitError where the loss of the batch at `place` is no number."""
-        if not np.isfinite(loss):
-            where = sorted(
-                {self.train_slices.where[i] for i in order[self.place : self.place + self.settings.batch_size]}
-            )
-            raise SegkitError(
-                f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
-                "look at these slices; checkpoints of earlier epochs are kept"
-            )
+    def _stopped(self, why: object) -> SegkitError:
+        """What to raise where the running epoch came to an end for good."""
+        before = f"checkpoint_epoch{len(self.history)}.pth" if self.history else None
+        anew = f" with INIT_CHECKPOINT = {before}" if before else ""
+        return SegkitError(
+            f"epoch {len(self.history) + 1}: {why}; what was saved before is kept. Look at these slices, or start "
+            f"again{anew} and a lower LEARNING_RATE or GRADIENT_CLIP = 1"
+        )
