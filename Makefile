@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo test faults lab check lint format clean
+.PHONY: help demo test faults lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
@@ -11,11 +11,12 @@ help:
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff"
+	@echo "make lock    pins and licences of all that is installed, after a change of requirements.txt"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segkit needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
 	touch $@
 
 demo: $(READY)
@@ -41,6 +42,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(READY)
+	$(BIN)/python tests/make_lock.py
 
 clean:
 	rm -rf .venv
