@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from segkit.checkpoints import TrainingState, load_state, save_checkpoint, save_state
+from segkit.checkpoints import TrainingState, best_checkpoint, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
 from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
@@ -29,7 +29,7 @@ from segkit.validation import as_row, validate
 STATE_SECONDS = 300
 """How often the state is saved within an epoch, so that a killed training loses no more."""
 STATE_FILE = "last_state.pth"
-RESUMABLE = ("epochs", "early_stopping", "accumulate", "init_checkpoint", "device", "workers")
+RESUMABLE = ("epochs", "early_stopping", "accumulate", "keep_checkpoints", "init_checkpoint", "device", "workers")
 """Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
 
 UNSCORED = {"val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None, "val_dice_of": {}}
@@ -63,9 +63,11 @@ def train(
 
     Files of an older run in `output_dir` move away first (`runs.start_run`). It gets label_map.json, split.json and
     settings.json at the start; checkpoint_epochX.pth, training_history.json and last_state.pth after each epoch, when
-    `on_epoch` is called too. With `resume` a training that was interrupted or killed goes on from its last_state.pth,
-    to the same weights as if it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the
-    stop button of a notebook) ends the training in order: what was learned is kept in a checkpoint.
+    `on_epoch` is called too. Of the checkpoints those of the last KEEP_CHECKPOINTS epochs and of the best one stay.
+
+    With `resume` a training that was interrupted or killed goes on from its last_state.pth, to the same weights as if
+    it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the stop button of a notebook)
+    ends the training in order: what was learned is kept in a checkpoint.
 
     Of several `ranks` (`segkit.ranks`; by default as this process was launched) each calls this alike, with
     `output_dir` on a disk that all of them see; only the first one writes, prints and calls `on_epoch`.
@@ -163,6 +165,14 @@ class _RunFiles:
         )
         content = {"epochs": history, "validation": "target grid, val split", "record": self.record}
         write_json(self.folder / "training_history.json", content)
+        self._prune(history)
+
+    def _prune(self, history: History) -> None:
+        """Remove the checkpoints that KEEP_CHECKPOINTS does not ask for."""
+        keep = self.trainer.settings.keep_checkpoints
+        older = [self.folder / f"checkpoint_epoch{row['epoch']}.pth" for row in history[: -(keep or len(history))]]
+        for path in {*older} - {best_checkpoint(self.folder)}:
+            path.unlink(missing_ok=True)
 
     def keep_interrupted(self) -> History:
         """Keep what was learned: in the state to resume, and an unfinished epoch as a checkpoint without a score."""
