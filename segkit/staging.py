@@ -31,7 +31,7 @@ from segkit.subjects import Subject
 STORE_VERSION = 2
 MOST_OPEN = 128
 """Arrays that a process keeps open, each with a file: systems allow 256 to 1,024 files, a large data set has 2,456
-arrays. Opening one again takes a tenth of a millisecond."""
+arrays. Opening one again takes about a third of a millisecond."""
 
 _open_arrays: OrderedDict[tuple[int, object, str], blosc2.NDArray] = OrderedDict()  # the last used at the end
 
