@@ -150,7 +150,9 @@ def test_many_epochs(phantom_data, tmp_path, fault, many):
 
 
 def test_python_objects_of_many_epochs(phantom_data, tmp_path, fault, many):
-    epochs = many(8, 80)
+    epochs = many(0, 80)
+    if not epochs:
+        pytest.skip("counting every object takes long: make faults")
     row = fault(f"{epochs} epochs, every Python object counted", "what stays of an epoch is its row of the history")
     stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
     rows = measured(
