@@ -2,19 +2,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo test lab check lint format clean
+.PHONY: help demo test faults lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
 	@echo "make test    all tests"
+	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff"
+	@echo "make lock    pins and licences of all that is installed, after a change of requirements.txt"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segkit needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
 	touch $@
 
 demo: $(READY)
@@ -22,6 +24,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+faults: $(READY)
+	SEGKIT_FAULTS=docs/reliability.md $(BIN)/python -m pytest tests/test_faults_*.py
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
@@ -37,6 +42,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(READY)
+	$(BIN)/python tests/make_lock.py
 
 clean:
 	rm -rf .venv

@@ -27,7 +27,7 @@ from segkit.errors import SEVERITIES, Finding, Findings, SegkitError
 from segkit.formats.mask_files import MaskFiles
 from segkit.formats.nifti import Grid
 from segkit.labels import partner_of
-from segkit.reading import read_ct, read_labels, without_air
+from segkit.reading import read_ct, read_labels
 from segkit.runs import write_whole
 from segkit.subjects import Subject, find_subjects
 
@@ -59,7 +59,6 @@ def audit(data_dir: str | Path, jobs: int | None = 1, progress: bool = True) -> 
 
     | severity | kind | what | value |
     |---|---|---|---|
-    | warning | no air | no voxel of the CT is below `reading.AIR_IN_A_CT_HU`: no HU, or no CT | lowest HU |
     | warning | on padding | SIZEABLE_SHARE of a structure or more lies where nothing was scanned: `_Places` | voxels |
     | warning | outside the body | that share lies more than MARGIN_MM outside the patient: `_Places` | voxels |
     | warning | swapped sides | a left structure, more than MARGIN_MM to the right of its partner | mm |
@@ -150,14 +149,7 @@ def _audit_subject(subject: Subject) -> tuple[list[Row], str | None]:
         digest.update(np.ascontiguousarray(plane))
     places = _Places.of(hu, labels, grid)
     judged = [check(subject, places) for check in (_misplaced, _wrong_way_round, _overlaps)]
-    return [*map(_row_of, findings), *_no_air(subject, hu), *chain(*judged)], digest.hexdigest()
-
-
-def _no_air(subject: Subject, hu: np.ndarray) -> Iterator[Row]:
-    lowest, highest = int(hu.min()), int(hu.max())
-    found = without_air(lowest, highest)
-    if found:
-        yield _row(subject, "no air", f"{subject.ct}: {found}", lowest)
+    return [*map(_row_of, findings), *chain(*judged)], digest.hexdigest()
 
 
 class _Blocks:

@@ -83,8 +83,10 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write a checkpoint, whole or not at all. Everything but the weights is plain JSON types.
 
-    Where `path` ends in .safetensors: for others (`segkit.weights_file`).
+    Where `path` ends in .safetensors: for others (`segkit.weights_file`). Raises SegkitError for weights that are not
+    finite: what `path` held before stays.
     """
+    _refuse_not_finite(path, model.state_dict())
     # contiguous: channels_last is how this machine computes, not what the weights are
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {
@@ -172,7 +174,8 @@ class TrainingState:
 
 
 def save_state(path: Path, state: TrainingState) -> Path:
-    """Write a state, whole or not at all: the one before it stays until then."""
+    """Write a state, whole or not at all: the one before it stays until then. SegkitError as in `save_checkpoint`."""
+    _refuse_not_finite(path, state.learner["model"])
     content = {"format": FORMAT, **{f.name: getattr(state, f.name) for f in fields(state)}}
     return write_whole(path, lambda temporary: torch.save(content, temporary))
 
@@ -188,7 +191,23 @@ def load_state(path: Path) -> TrainingState:
     whole = parts_of_learner == {"model", "optimizer", "scaler", "parts"}
     if not isinstance(state.history, list) or not isinstance(state.place, int) or not whole:
         raise SegkitError(f"{path}: damaged state of a training; set RESUME = False")
+    if _not_finite(state.learner["model"]):
+        raise SegkitError(f"{path}: damaged state of a training: weights that are not finite; set RESUME = False")
     return state
+
+
+def _not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinite numbers."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+
+
+def _refuse_not_finite(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    wrong = _not_finite(weights)
+    if wrong:
+        raise SegkitError(
+            f"{path}: not written: {len(wrong)} of {len(weights)} weights are not finite, such as {wrong[0]}; what was "
+            "saved before is kept. Start again from an earlier checkpoint (INIT_CHECKPOINT) and a lower LEARNING_RATE"
+        )
 
 
 def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Module:
@@ -203,7 +222,7 @@ def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Modu
         model.load_state_dict(weights, strict=True, assign=True)
         if {name: tensor.dtype for name, tensor in model.state_dict().items()} != kinds:
             raise ValueError("weights of another type than float32")
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        if _not_finite(model.state_dict()):
             raise ValueError("weights that are not finite")
     except SegkitError as error:
         raise SegkitError(f"{path}: {error}") from error

@@ -15,6 +15,10 @@ class SegkitError(ValueError):
     """Bad input, a bad setting or a damaged file. The message says what was expected, what was found and what to do."""
 
 
+class DivergedError(SegkitError):
+    """A loss or a gradient that is no number any more: nothing can be learned from it."""
+
+
 class SubjectError(SegkitError):
     """One subject cannot be used. Work on many subjects reports it and goes on with the others."""
 

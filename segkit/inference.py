@@ -74,7 +74,8 @@ class Predictor:
         self.structures = tuple(sorted(label_map, key=label_map.get))
         self.target_shape = tuple(target_shape)  # the network itself refuses a shape that it cannot halve
         self.logit_thresholds = torch.tensor(logit(thresholds), dtype=torch.float32)
-        self.batch_size = batch_size
+        # the networks take turns with a batch: all of their logits together need the memory of one network's
+        self.batch_size = max(1, batch_size // len(self.models))
 
     @classmethod
     def of(
@@ -187,7 +188,7 @@ class Predictor:
             return
         data = SliceDataset({subject.name: subject}, parts, self.label_map, model.in_channels // 2)
         for batch in batches(data, range(len(data)), self.batch_size):
-            yield self._run(model, batch, mirror), batch
+            yield self._run(model, batch, mirror, data), batch
 
     def _blend(
         self, model: nn.Module, data: SlabDataset, slices: Sequence[int], mirror: bool
@@ -199,7 +200,7 @@ class Predictor:
         left = [slices[i : i + self.batch_size] for i in range(0, len(slices), self.batch_size)][::-1]
         sums: dict[int, torch.Tensor] = {}
         for batch in batches(data, range(len(data)), max(1, self.batch_size // depth)):
-            for number, logits in zip(batch.numbers.tolist(), self._run(model, batch, mirror), strict=True):
+            for number, logits in zip(batch.numbers.tolist(), self._run(model, batch, mirror, data), strict=True):
                 start = starts[number]
                 for z in range(start, min(start + depth, total)):
                     if data.in_part[data.where[number][0]][z]:
@@ -210,16 +211,31 @@ class Predictor:
             while left and left[-1][-1] < done:
                 yield torch.stack([sums.pop(z) for z in left.pop()]), batch
 
+    def _run(self, model: nn.Module, batch: SliceBatch, mirror: bool, data: SliceDataset) -> torch.Tensor:
+        """As `_compute` in the precision of the network, or in float32 where that overflows.
+
+        SegkitError that names the slices of `data` where the logits are NaN or infinite all the same: no structure
+        exceeds its threshold by NaN, and the scan would seem empty.
+        """
+        for dtype in dict.fromkeys((precision(model, self.device), torch.float32)):
+            logits = self._compute(model, batch, mirror, dtype)
+            if logits.sum(dtype=torch.float32).isfinite():  # in one pass: neither where any is not
+                return logits
+        raise SegkitError(
+            f"the network's output is not finite at the slices {data.named(batch.numbers.tolist())}; take another "
+            "checkpoint, of an earlier epoch or of a training with a lower LEARNING_RATE"
+        )
+
     @torch.no_grad()
-    def _run(self, model: nn.Module, batch: SliceBatch, mirror: bool) -> torch.Tensor:
-        """Logits on the network's grid, (B, C, H, W), of slabs (B, C, D, H, W), in the precision of the network.
+    def _compute(self, model: nn.Module, batch: SliceBatch, mirror: bool, dtype: torch.dtype) -> torch.Tensor:
+        """Logits on the network's grid, (B, C, H, W), of slabs (B, C, D, H, W), convolutions in `dtype`.
 
         With `mirror` the mean of these and of those of the mirrored image, turned back, with the channels of left and
         right swapped (`labels.mirrored_channels`). A structure of one side that has no partner among the channels
         keeps what was said of the image as it is.
         """
         images, _ = augment.to_network(batch.to(self.device), self.target_shape)
-        with autocast(self.device, precision(model, self.device)):
+        with autocast(self.device, dtype):
             logits = model(images.contiguous(memory_format=torch.channels_last))
             if not mirror:
                 return logits

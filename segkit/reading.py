@@ -24,7 +24,8 @@ def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | N
     """HU (i, j, k) as int16 on the file's axes, and its grid; None where the CT cannot be used.
 
     Values are rounded, and clipped where the file holds more than int16 can. Reported are: an unreadable file, NaN, one
-    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE (a warning).
+    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE, and no HU below
+    AIR_IN_A_CT_HU (warnings).
     """
     try:
         volume, grid = read_volume(subject.ct, subject.name)
@@ -70,16 +71,20 @@ def plausible(lowest: float, highest: float, path: Path, findings: Findings, sca
             "warning", "HU range",
             f"{path}: {found}, expected HU from {HU_PLAUSIBLE[0]} to {HU_PLAUSIBLE[1]}{clipped}",
         )  # fmt: skip
+    if lowest >= AIR_IN_A_CT_HU:
+        findings.add(
+            "warning", "no air",
+            f"{path}: {found}, none below {AIR_IN_A_CT_HU}: {_without_air(lowest, highest)}; take the original "
+            "scan",
+            value=lowest,
+        )  # fmt: skip
     return True
 
 
-def without_air(lowest: int, highest: int) -> str | None:
-    """What is odd about the values of a scan that go from `lowest` to `highest`: none below AIR_IN_A_CT_HU. Or None."""
-    if lowest < AIR_IN_A_CT_HU:
-        return None
-    looks = "an 8-bit image" if lowest >= 0 and highest <= 255 else "a window of HU, or values that are not HU"
-    found = f"its values go from {lowest} to {highest}, none below {AIR_IN_A_CT_HU}: {looks}"
-    return f"{found}; take the original scan"
+def _without_air(lowest: float, highest: float) -> str:
+    if lowest < 0:
+        return "a window of HU, or values that are not HU"
+    return "an 8-bit image" if highest <= 255 else "HU + 1024, a window of HU, or values that are not HU"
 
 
 def read_labels(subject: Subject, grid: Grid, findings: Findings) -> CodeVolume:

@@ -19,7 +19,7 @@ from segkit.formats.dicom import Series, find_series, is_dicom
 from segkit.formats.dicom_stack import read_stack
 from segkit.formats.nifti import Grid
 from segkit.labels import safe_name
-from segkit.reading import as_hu, plausible, refuse, without_air
+from segkit.reading import as_hu, plausible, refuse
 
 ENDINGS = (*nifti.ENDINGS, *nrrd.ENDINGS)
 
@@ -198,9 +198,6 @@ def read_scan(source: ScanSource, findings: Findings) -> Scan:
     hu, grid, files = read
     _check_perpendicular(source, grid, findings)
     refuse(findings)
-    odd = without_air(int(hu.min()), int(hu.max()))
-    if odd and not any(finding.kind in ("scaled CT", "no CT") for finding in findings):
-        findings.add("warning", "no air", f"{source.path}: {odd}", value=int(hu.min()))
     return Scan(source.name, hu, grid, files)
 
 

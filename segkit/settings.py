@@ -86,6 +86,7 @@ class TrainSettings:
     balance: float = 1.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
     validation_slices: int | None = None  # evenly spaced, unet3d: slabs; None: all of them
     early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
+    keep_checkpoints: int | None = 20  # of so many epochs, the newest, and of the best one; None: of every epoch
     init_checkpoint: str | None = None  # start from these weights, channels matched by name
     seed: int = 0  # of phantoms, choice of subjects, split, order, augmentation and first weights
     device: str | None = None  # None: the best there is
@@ -97,7 +98,7 @@ class TrainSettings:
         target_shape = check_target_shape(self.target_shape, len(features))
         for name in ("epochs", "batch_size", "accumulate", "patch_slices"):
             _check_whole(name, getattr(self, name), 1)
-        for name in ("slices_per_epoch", "validation_slices", "early_stopping"):
+        for name in ("slices_per_epoch", "validation_slices", "early_stopping", "keep_checkpoints"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1)
         for name in ("seed", "workers", "warmup_steps", "context"):

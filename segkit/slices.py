@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -129,6 +129,13 @@ class SliceDataset(Dataset):
         last = subject.shape[0] - 1
         planes = [subject.hu(min(max(z + step, 0), last)) for step in range(-self.context, self.context + 1)]
         return np.stack(planes)
+
+    def named(self, items: Iterable[int]) -> str:
+        """Subjects and slices of `items` for a message, such as "s0001: 3, 17; s0004: 2"."""
+        slices: dict[str, set[int]] = {}
+        for subject, z in (self.where[item] for item in items):
+            slices.setdefault(subject, set()).add(z)
+        return "; ".join(f"{subject}: {', '.join(map(str, sorted(slices[subject])))}" for subject in sorted(slices))
 
     @cached_property
     def holds(self) -> np.ndarray:

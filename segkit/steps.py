@@ -12,11 +12,15 @@ from segkit import augment, losses, memory
 from segkit.checkpoints import load_checkpoint
 from segkit.dataset import Data
 from segkit.devices import autocast
+from segkit.errors import DivergedError
 from segkit.labels import mirrored_channels
 from segkit.networks import build_network, network_arguments, on_device, precision
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
 from segkit.slices import SliceBatch
+
+LEAST_SCALE = 1.0
+"""Of float16 gradients, which start with their loss scaled by 65,536: what overflows even unscaled has diverged."""
 
 
 class Learner:
@@ -106,7 +110,8 @@ class Learner:
     def step(self, batch: SliceBatch, epoch: int, learning_rate: float) -> float:
         """One step of the optimiser on a batch of which this is the rank's share; the loss of the whole batch.
 
-        Where the loss is no number, nothing is learned from it.
+        Raises DivergedError where the loss or the gradient is no number; the weights are then as they were before. A
+        float16 gradient may overflow: that step is left out and the next ones are scaled less, down to LEAST_SCALE.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -128,13 +133,24 @@ class Learner:
         else:
             learn(self.parts)
         total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
-        if self.settings.gradient_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
-        if np.isfinite(total):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        if not np.isfinite(total):
+            raise DivergedError(f"the loss is {total}")
+        self._move()
         return total
+
+    def _move(self) -> None:
+        """Move the weights by the gradients of the whole batch."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not self.scaler.is_enabled() and not norm.isfinite():
+            raise DivergedError(f"the gradient is {norm.item()}")
+        if self.settings.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise DivergedError("the gradient overflows float16 however little it is scaled")
 
     def _accumulate(self, parts: list[SliceBatch], epoch: int, number: torch.Tensor) -> float:
         """The gradients of all parts, added up; the sum of their losses."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from segkit.checkpoints import TrainingState, load_state, save_checkpoint, save_state
+from segkit.checkpoints import TrainingState, best_checkpoint, load_state, save_checkpoint, save_state
 from segkit.dataset import Data
-from segkit.errors import SegkitError
+from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
 from segkit.ranks import Ranks, join_ranks
 from segkit.record import make_record
@@ -29,7 +29,7 @@ from segkit.validation import as_row, validate
 STATE_SECONDS = 300
 """How often the state is saved within an epoch, so that a killed training loses no more."""
 STATE_FILE = "last_state.pth"
-RESUMABLE = ("epochs", "early_stopping", "accumulate", "init_checkpoint", "device", "workers")
+RESUMABLE = ("epochs", "early_stopping", "accumulate", "keep_checkpoints", "init_checkpoint", "device", "workers")
 """Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
 
 UNSCORED = {"val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None, "val_dice_of": {}}
@@ -63,9 +63,11 @@ def train(
 
     Files of an older run in `output_dir` move away first (`runs.start_run`). It gets label_map.json, split.json and
     settings.json at the start; checkpoint_epochX.pth, training_history.json and last_state.pth after each epoch, when
-    `on_epoch` is called too. With `resume` a training that was interrupted or killed goes on from its last_state.pth,
-    to the same weights as if it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the
-    stop button of a notebook) ends the training in order: what was learned is kept in a checkpoint.
+    `on_epoch` is called too. Of the checkpoints those of the last KEEP_CHECKPOINTS epochs and of the best one stay.
+
+    With `resume` a training that was interrupted or killed goes on from its last_state.pth, to the same weights as if
+    it had never stopped; where there is none, a new one starts. An interrupt (Ctrl-C, the stop button of a notebook)
+    ends the training in order: what was learned is kept in a checkpoint.
 
     Of several `ranks` (`segkit.ranks`; by default as this process was launched) each calls this alike, with
     `output_dir` on a disk that all of them see; only the first one writes, prints and calls `on_epoch`.
@@ -163,6 +165,14 @@ class _RunFiles:
         )
         content = {"epochs": history, "validation": "target grid, val split", "record": self.record}
         write_json(self.folder / "training_history.json", content)
+        self._prune(history)
+
+    def _prune(self, history: History) -> None:
+        """Remove the checkpoints that KEEP_CHECKPOINTS does not ask for."""
+        keep = self.trainer.settings.keep_checkpoints
+        older = [self.folder / f"checkpoint_epoch{row['epoch']}.pth" for row in history[: -(keep or len(history))]]
+        for path in {*older} - {best_checkpoint(self.folder)}:
+            path.unlink(missing_ok=True)
 
     def keep_interrupted(self) -> History:
         """Keep what was learned: in the state to resume, and an unfinished epoch as a checkpoint without a score."""
@@ -236,15 +246,19 @@ class _Trainer:
             self._train(save, interrupts, progress)
         s = self.settings
         self.ranks.align(self.learner.model)
-        validation = validate(
-            self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
-            max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
-            s.validation_slices, s.workers, progress, self.ranks,
-        )  # fmt: skip
-        row = self.training_row()
-        if not np.isfinite(validation.loss):
-            raise SegkitError(f"epoch {row['epoch']}: the validation loss is {validation.loss}: lower LEARNING_RATE")
-        row |= {**as_row(validation, self.data.label_map), "seconds": round(time.monotonic() - self.started, 2)}
+        try:
+            validation = validate(
+                self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
+                max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
+                s.validation_slices, s.workers, progress, self.ranks,
+            )  # fmt: skip
+        except DivergedError as error:
+            raise self._stopped(error) from None
+        row = {
+            **self.training_row(),
+            **as_row(validation, self.data.label_map),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
         self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
 
@@ -280,9 +294,11 @@ class _Trainer:
                 if not self.learner.prepared:
                     self.learner.prepare(batch)
                 self.whole = False
-                loss = self.learner.step(batch, epoch, self._rate(len(self.seen)))
-                self._check(loss, order, epoch)
-                self.seen.append(loss)
+                try:
+                    self.seen.append(self.learner.step(batch, epoch, self._rate(len(self.seen))))
+                except DivergedError as error:
+                    items = order[self.place : self.place + s.batch_size]
+                    raise self._stopped(f"{error} at the slices {self.train_slices.named(items)}") from None
                 self.place = min(self.place + s.batch_size, len(order))
                 self.whole = True
                 bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
@@ -292,13 +308,11 @@ class _Trainer:
                     save()
                     saved = time.monotonic()
 
-    def _check(self, loss: float, order: list[int], epoch: int) -> None:
-        """SegkitError where the loss of the batch at `place` is no number."""
-        if not np.isfinite(loss):
-            where = sorted(
-                {self.train_slices.where[i] for i in order[self.place : self.place + self.settings.batch_size]}
-            )
-            raise SegkitError(
-                f"epoch {epoch}: the loss is {loss} at the slices {where[:4]}: lower LEARNING_RATE, or "
-                "look at these slices; checkpoints of earlier epochs are kept"
-            )
+    def _stopped(self, why: object) -> SegkitError:
+        """What to raise where the running epoch came to an end for good."""
+        before = f"checkpoint_epoch{len(self.history)}.pth" if self.history else None
+        anew = f" with INIT_CHECKPOINT = {before}" if before else ""
+        return SegkitError(
+            f"epoch {len(self.history) + 1}: {why}; what was saved before is kept. Look at these slices, or start "
+            f"again{anew} and a lower LEARNING_RATE or GRADIENT_CLIP = 1"
+        )

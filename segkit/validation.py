@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
 from segkit.devices import autocast
+from segkit.errors import DivergedError
 from segkit.head import code_members
 from segkit.losses import ModelWithLoss
 from segkit.ranks import Ranks
@@ -50,12 +51,14 @@ def validate(
     Several `ranks` share them and put their counts together: each gets what one process would get.
     Positive weights raise a model's probabilities, by how much depends on how far it has learned; so the threshold is
     not assumed but chosen here, on validation subjects. Counts are summed per subject and structure before any ratio.
+    Raises DivergedError, which names the slices, where the loss is no number: on all ranks, whichever of them met it.
     """
     device = next(model.parameters()).device
     order = np.linspace(0, len(data) - 1, min(slices or len(data), len(data))).round().astype(int).tolist()
     ranks = ranks or Ranks(device)
     subjects = {subject: place for place, subject in enumerate(dict.fromkeys(data.where[i][0] for i in order))}
     counts = torch.zeros(len(THRESHOLDS), len(subjects), 3, len(data.label_map), dtype=torch.int64, device=device)
+    wrong = torch.zeros(len(order), dtype=torch.int64)  # where in `order` the loss was no number
     loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
     loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole)
@@ -68,10 +71,14 @@ def validate(
         size = int(losses.annotated_number(targets))
         mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
         loss += torch.tensor([float(mean) * size, size], dtype=torch.float64)
+        wrong[batch.numbers] = int(not mean.isfinite())
         positions = batch.numbers.repeat_interleave(batch.counted.sum(1)).tolist()
         for position, of_slice in zip(positions, count_slices(logits, targets), strict=True):
             counts[:, subjects[data.where[order[position]][0]]] += of_slice
     table, (loss, number) = ranks.sum(counts).cpu().numpy(), ranks.sum(loss).tolist()
+    wrong = ranks.sum(wrong).nonzero().flatten().tolist()
+    if wrong:
+        raise DivergedError(f"the validation loss is {loss} at the slices {data.named(order[i] for i in wrong)}")
     best, thresholds = choose_thresholds(table)
     return Validation(
         loss / max(number, 1),

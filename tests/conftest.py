@@ -15,6 +15,7 @@ import pytest
 
 from segkit import dataset, phantom, steps
 
+pytest_plugins = ["fault_table"]
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).resolve().parents[1]

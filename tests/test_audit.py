@@ -288,7 +288,7 @@ def test_regions_of_a_label_image_are_no_copies(data):
     [
         (-160, 240, lambda hu: hu, "from -160 to 240, none below -200: a window of HU"),
         (-160, 240, lambda hu: (hu + 160) * 255 // 400, "from 0 to 255, none below -200: an 8-bit image"),
-        (-1024, 3000, lambda hu: hu + 1024, "none below -200: a window of HU, or values that are not HU"),
+        (-1024, 3000, lambda hu: hu + 1024, "none below -200: HU + 1024, a window of HU"),
     ],
 )
 def test_a_ct_without_air(data, low, high, out, says):

@@ -28,6 +28,9 @@ ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20
 """Voxels that are looked at together."""
 
+SIDES_MM = (0.01, 100.0)
+"""Sides of voxels that a scan of a patient can have, with room on both ends."""
+
 RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -245,4 +248,11 @@ def usable_grid(shape: tuple[int, int, int], affine: np.ndarray, where: str) -> 
     """The grid of a file. Raises SubjectError, which starts with `where`, for an affine that makes no sense."""
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise SubjectError(f"{where}: its affine does not place the voxels in space: {affine[:3].round(3).tolist()}")
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    if sides.min() < SIDES_MM[0] or sides.max() > SIDES_MM[1]:
+        found = " x ".join(f"{side:g}" for side in sides)
+        raise SubjectError(
+            f"{where}: expected voxel sides from {SIDES_MM[0]} to {SIDES_MM[1]:g} mm, found {found}: not in mm? Write "
+            "an affine in mm"
+        )
     return Grid(shape, affine)
