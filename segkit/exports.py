@@ -118,7 +118,7 @@ def _html(job: Job) -> None:
 
 def _csv(job: Job) -> None:
     table = measure(job.codes, job.scan.hu_volume, job.scan.grid)
-    job.file("_structures.csv", lambda path: table.to_csv(path, index=False))
+    job.file("_structures.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
 
 
 _WRITERS: Mapping[str, tuple[Callable[[Job], None], str]] = {
