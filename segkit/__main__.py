@@ -265,7 +265,7 @@ def predict(
     failed = 0
     for outcome in predict_scans(predictor, sources, out, format, segmenting, resume=resume):
         _report(outcome.findings)
-        print(outcome, *outcome.files, sep="\n", flush=True)
+        print(outcome, *outcome.written, sep="\n", flush=True)
         failed += outcome.scan is None
     if failed:
         raise SegkitError(f"{failed} of {len(sources)} scans could not be read, see above")

@@ -68,8 +68,8 @@ def _say_what_is_lost(job: Job) -> None:
     if voxels:
         job.findings.add(
             "info", "overlap lost",
-            f"{job.scan.name}_labels.nii.gz: {voxels} voxels belong to several structures, of which the file holds the "
-            f"likeliest and {labels} others not; the formats masks and slicer hold all",
+            f"{job.scan.name}_labels.nii.gz: in {voxels} voxels structures overlap; this file keeps the likeliest of "
+            f"each and loses {labels} labels; the formats masks and slicer keep all",
             value=labels,
         )  # fmt: skip
 
