@@ -61,7 +61,7 @@ def test_phantoms_are_made_once_and_whole(tmp_path, monkeypatch):
     assert dataset.phantoms_in(tmp_path, 2, seed=5, detail=0.3, progress=False) == folder
 
     def interrupted(draft, *args, **kwargs):
-        draft.mkdir(parents=True)
+        draft.mkdir(parents=True, exist_ok=True)
         (draft / "meta.csv").touch()
         raise KeyboardInterrupt
 
