@@ -90,10 +90,7 @@ class StagedSubject:
         try:
             return self._array(name)[z]
         except RuntimeError as error:
-            raise SegkitError(
-                f"{self.folder}: cannot be read any more ({error}): it is damaged, was deleted, or another process "
-                "staged it anew because its sources have changed; start again"
-            ) from error
+            raise SegkitError(f"{self.folder}: damaged store ({error}); delete it to have it staged again") from error
 
     def _array(self, name: str) -> blosc2.NDArray:
         key = (os.getpid(), self._itself, name)  # a forked worker opens its own
@@ -122,6 +119,8 @@ def open_array(path: Path, shape: tuple[int, int, int]) -> blosc2.NDArray:
     """Open a `.b2nd` for reading slices. SegkitError that names the file if it is damaged or of another shape."""
     try:
         array = blosc2.open(str(path), mode="r")
+    except FileNotFoundError as error:
+        raise SegkitError(f"{path}: is gone: deleted, or made anew because its sources changed; start again") from error
     except (RuntimeError, ValueError, OSError) as error:
         raise SegkitError(f"{path}: damaged store ({error}); delete its folder to have it staged again") from error
     if tuple(array.shape) != shape:
@@ -161,14 +160,15 @@ def stage_subject(subject: Subject, stage_dir: Path) -> StagedSubject:
     the errors that `segkit.reading` found, and SegkitError where the store cannot be written; then nothing is left
     behind, and a store of older sources stays.
     """
-    print_of_sources = fingerprint(subject)
-    staged = _load(stage_dir / subject.name, print_of_sources)
-    if staged is None:
-        write_whole_folder(
-            stage_dir / subject.name, lambda folder: _write_store(subject, folder, print_of_sources), replace=True
-        )
-        staged = _load(stage_dir / subject.name, print_of_sources)
-    return staged
+    target, print_of_sources = stage_dir / subject.name, fingerprint(subject)
+    staged = _load(target, print_of_sources)
+    if staged is not None:
+        return staged
+    info = {}
+    write_whole_folder(
+        target, lambda folder: info.update(_write_store(subject, folder, print_of_sources)), replace=True
+    )
+    return StagedSubject(target, info)
 
 
 def _load(folder: Path, print_of_sources: str) -> StagedSubject | None:
@@ -180,7 +180,7 @@ def _load(folder: Path, print_of_sources: str) -> StagedSubject | None:
         return None  # not there, from another version or damaged: it is staged again
 
 
-def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> None:
+def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> dict:
     findings = Findings(subject.name)
     read = read_ct(subject, findings)
     refuse(findings)
@@ -194,7 +194,7 @@ def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> None:
     volume = volume.with_codes(grid.to_canonical(volume.codes))
     save_array(folder / _file_name("codes", print_of_sources), volume.codes)
     voxels, slices = count_structures(volume)
-    content = {
+    info = {
         "version": STORE_VERSION,
         "fingerprint": print_of_sources,
         "subject": subject.name,
@@ -210,7 +210,8 @@ def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> None:
         "slices": slices,
         **codebook_to_json(volume),
     }
-    write_json(folder / "subject.json", content)
+    write_json(folder / "subject.json", info)
+    return info
 
 
 def count_structures(volume: CodeVolume) -> tuple[dict[str, int], dict[str, list[list[int]]]]:

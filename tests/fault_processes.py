@@ -6,10 +6,8 @@ test module, with arguments that JSON holds.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +16,13 @@ import traceback
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+
+if sys.platform != "linux":
+    import pytest
+
+    pytest.skip("forks, limits and pipes of Linux", allow_module_level=True)
+import fcntl
+import resource
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 
@@ -68,6 +73,11 @@ class Forks:
         job = {"function": function, "arguments": [str(a) if isinstance(a, Path) else a for a in arguments],
                "kill_after": kill_after, "kill_before": kill_before, "largest_file": largest_file}  # fmt: skip
         print(json.dumps(job), file=self.process.stdin, flush=True)
+        self.child = int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        """Kill what `start` began; `wait` then says so."""
+        os.kill(self.child, signal.SIGKILL)
 
     def wait(self) -> Ended:
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -99,6 +109,7 @@ def _serve(module: str) -> None:
         child = os.fork()
         if not child:
             _child(job, *(into for _, into in pipes))
+        print(child, flush=True)
         status = None
         while job["kill_after"] is not None and status is None:
             if time.perf_counter() - started >= job["kill_after"]:
