@@ -5,9 +5,10 @@ The files in the order in which data walk through them; each imports only from t
     errors.py        what is raised, and what is reported, when something from outside is not as it should be
     labels.py        structures <-> channels, groups, colours, left/right partners
     codes.py         masks <-> one code volume with its codebook, lossless
+    locks.py         one process at a time
+    runs.py          where a run's files go; files that are whole or not there
     formats/         files of others, in and out: NIfTI, NRRD, DICOM, labels, meshes
     phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
-    runs.py          where a run's files go; files that are whole or not there
     download/        the public data set, resumable and checked
     subjects.py      find, choose and split the subjects of a data set
     reading.py       a subject's files -> HU and label codes, checked

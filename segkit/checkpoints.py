@@ -101,7 +101,18 @@ def save_checkpoint(
     }
     if path.suffix == SUFFIX:
         return write_weights_file(path, content)
-    return write_whole(path, lambda temporary: torch.save(content, temporary))
+    return write_whole(path, lambda temporary: _save_torch(content, temporary))
+
+
+def _save_torch(content: dict, path: Path) -> None:
+    """Write with torch; OSError where there is no room, which torch alone tells as a failed check of its own."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _read(path: Path, what: str) -> dict:
@@ -177,7 +188,7 @@ def save_state(path: Path, state: TrainingState) -> Path:
     """Write a state, whole or not at all: the one before it stays until then. SegkitError as in `save_checkpoint`."""
     _refuse_not_finite(path, state.learner["model"])
     content = {"format": FORMAT, **{f.name: getattr(state, f.name) for f in fields(state)}}
-    return write_whole(path, lambda temporary: torch.save(content, temporary))
+    return write_whole(path, lambda temporary: _save_torch(content, temporary))
 
 
 def load_state(path: Path) -> TrainingState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from tqdm.auto import tqdm
 
 from segkit.errors import Finding, SegkitError, SubjectError
 from segkit.labels import group_of, load_label_map, make_label_map
+from segkit.locks import alone
 from segkit.phantom import write_phantoms
-from segkit.runs import make_folder
+from segkit.runs import discard, left_behind, make_folder, write_whole_folder
 from segkit.staging import StagedSubject, stage, structures_in
 from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, select_subjects
 
@@ -98,11 +98,19 @@ def phantoms_in(
     folder = Path(output_dir) / f"phantoms_{subjects}_seed{seed}{'' if detail == 1 else f'_detail{detail:g}'}"
     if folder.is_dir():
         return folder
-    draft = make_folder(folder.parent) / f".{folder.name}"
-    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
-    with tqdm(total=subjects, desc="phantoms", unit="subject", disable=not progress) as bar:
-        write_phantoms(draft, subjects, seed, detail=detail, progress=lambda *_: bar.update(), jobs=jobs)
-    draft.rename(folder)
+    taken = f"{folder.parent}: another process makes these phantoms, waiting until it is done"
+    with alone(make_folder(folder.parent) / f".{folder.name}.lock", taken, wait=True):
+        for path, name in left_behind(folder.parent):
+            if name == folder.name:
+                discard(path)
+        if not folder.is_dir():
+            with tqdm(total=subjects, desc="phantoms", unit="subject", disable=not progress) as bar:
+                write_whole_folder(
+                    folder,
+                    lambda draft: write_phantoms(
+                        draft, subjects, seed, detail=detail, progress=lambda *_: bar.update(), jobs=jobs
+                    ),
+                )
     return folder
 
 

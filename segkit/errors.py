@@ -6,6 +6,7 @@ Messages name the subject and the file, what was expected, what was found and wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from errno import errorcode
 
 SEVERITIES = ("error", "warning", "info")
 """error: the subject cannot be used; warning: it is used, look at it; info: as it should be, good to know."""
@@ -19,8 +20,25 @@ class DivergedError(SegkitError):
     """A loss or a gradient that is no number any more: nothing can be learned from it."""
 
 
+class UnwritableError(SegkitError):
+    """A file or folder cannot be written: no room, or no right to."""
+
+
 class SubjectError(SegkitError):
     """One subject cannot be used. Work on many subjects reports it and goes on with the others."""
+
+
+_NO_ROOM = {
+    "ENOSPC": "the disk is full; make room",
+    "EDQUOT": "the quota of this disk is used up; make room",
+    "EFBIG": "a file would be larger than is allowed here (ulimit -f); allow that",
+}
+
+
+def unwritable(path: object, error: OSError, then: str = "what was there before is unchanged") -> UnwritableError:
+    """What to raise where `path` cannot be written. `then`: what comes of running it again, or has become of it."""
+    reason = _NO_ROOM.get(errorcode.get(error.errno, ""), f"{error.strerror or error}; put that right")
+    return UnwritableError(f"{path}: {reason} and run it again, {then}")
 
 
 @dataclass(frozen=True)

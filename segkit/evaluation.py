@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from segkit.confusion import confused
 from segkit.errors import SegkitError, SubjectError
 from segkit.inference import Predictor, round_trip
 from segkit.labels import group_of
-from segkit.runs import make_folder, write_json, write_whole
+from segkit.locks import alone
+from segkit.runs import PREDICTIONS_LOCK, RUN_LOCK, make_folder, sweep, write_json, write_whole
 from segkit.settings import SCORING, Scoring
 from segkit.staging import StagedSubject, open_array, save_array
 from segkit.subjects import Part
@@ -95,13 +97,23 @@ def evaluate(
     `split` is what `parts` are of, for the table. Whole volumes are predicted, the slices of a part are scored. With
     `predictions_dir` each prediction is kept there for figures (`load_prediction`). A subject that annotates none of
     the model's structures is left out with a warning. Memory: one subject at a time. Inside a
-    `joblib.parallel_config`, of a dask cluster for example, its workers predict and score the subjects.
+    `joblib.parallel_config`, of a dask cluster for example, its workers predict and score the subjects. Raises
+    SegkitError where another process evaluates into the same folder.
     """
+    folder = None if predictions_dir is None else Path(predictions_dir).absolute()
+    predict = partial(_predict_and_keep, predictor, folder)
+    with nullcontext() if folder is None else _no_other_evaluation(folder):
+        return _score_all(predict, staged, parts, split, scoring, f"evaluating {split}", progress)
 
-    predict = partial(
-        _predict_and_keep, predictor, None if predictions_dir is None else Path(predictions_dir).absolute()
-    )
-    return _score_all(predict, staged, parts, split, scoring, f"evaluating {split}", progress)
+
+@contextmanager
+def _no_other_evaluation(predictions_dir: Path) -> Iterator[None]:
+    run = predictions_dir.parent
+    taken = f"{run}: another process is evaluating the run in it; wait until it ends"
+    with alone(make_folder(run) / PREDICTIONS_LOCK, taken):
+        sweep(predictions_dir)
+        sweep(run, run / RUN_LOCK)  # of reports; a training that runs may be writing
+        yield
 
 
 def _predict_and_keep(predictor: Predictor, predictions_dir: Path | None, subject: StagedSubject) -> CodeVolume:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 from segkit.checkpoints import Checkpoint, load_checkpoints, save_checkpoint
 from segkit.errors import SegkitError
 from segkit.model_card import Provenance, check_licence, model_card, score_section
-from segkit.runs import make_folder
+from segkit.runs import make_folder, write_whole_folder
 from segkit.settings import TrainSettings
 from segkit.subjects import Split
 from segkit.weights_file import shared_name
@@ -48,24 +46,16 @@ def export_model(source: str | Path, folder: str | Path, data_licence: str, desc
     run = source if source.is_dir() else source.parent
     provenance = Provenance(licence, description, _split_of(run), _scores_of(run, checkpoints))
     make_folder(folder.parent)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        draft.mkdir()
-        paths = [
-            _write(one, draft / shared_name(number, len(checkpoints)), licence)
-            for number, one in enumerate(checkpoints, start=1)
-        ]
+    names = [shared_name(number, len(checkpoints)) for number in range(1, len(checkpoints) + 1)]
+
+    def write(draft: Path) -> None:
+        for name, one in zip(names, checkpoints, strict=True):
+            _write(one, draft / name, licence)
         card = model_card(load_checkpoints(draft), provenance)  # of what is shared, so it says no more than that
-        paths.append(draft / "README.md")
-        paths[-1].write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty; not every system renames onto it
-        draft.rename(folder)
-    except OSError as error:
-        raise SegkitError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return [folder / path.name for path in paths]
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+    write_whole_folder(folder, write)
+    return [folder / name for name in (*names, "README.md")]
 
 
 def _write(one: Checkpoint, path: Path, licence: str) -> Path:

@@ -1,7 +1,8 @@
 """Subject folder -> staged store: read once, turned to the canonical grid, a compressed block a slice on disk.
 
-A staged subject is a folder with `ct.b2nd` (int16 HU), `codes.b2nd` (label codes), both (z, y, x) on the canonical grid
-of `segkit.formats.nifti`, and a readable `subject.json`. It appears under its name only when it is complete.
+A staged subject is a folder with `ct-<x>.b2nd` (int16 HU), `codes-<x>.b2nd` (label codes), both (z, y, x) on the
+canonical grid of `segkit.formats.nifti`, and a readable `subject.json`. It appears under its name only when it is
+complete. <x> is of its sources: who reads it never gets the voxels of one version with the codebook of another.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from segkit.codes import CodeVolume, codebook_from_json, codebook_to_json
 from segkit.errors import Finding, Findings, SegkitError, SubjectError
 from segkit.formats.nifti import Grid
+from segkit.locks import alone
 from segkit.reading import read_ct, read_labels, refuse
-from segkit.runs import make_folder, write_json
+from segkit.runs import make_folder, sweep, write_json, write_whole_folder
 from segkit.subjects import Subject
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 MOST_OPEN = 128
 """Arrays that a process keeps open, each with a file: systems allow 256 to 1,024 files, a large data set has 2,456
 arrays. Opening one again takes about a third of a millisecond."""
@@ -74,22 +75,28 @@ class StagedSubject:
 
     def hu(self, z: int | slice = slice(None)) -> np.ndarray:
         """HU of one axial slice (y, x) or of several (z, y, x), int16."""
-        return self._array("ct")[z]
+        return self._read("ct", z)
 
     def labels(self, z: int | slice = slice(None)) -> CodeVolume:
         """Label codes of one axial slice (y, x) or of several (z, y, x)."""
-        return self.codebook.with_codes(self._array("codes")[z])
+        return self.codebook.with_codes(self._read("codes", z))
 
     @cached_property
     def codebook(self) -> CodeVolume:
         """What the codes mean, without any codes."""
         return codebook_from_json(self.info, np.zeros(0, np.uint8), str(self.folder / "subject.json"))
 
+    def _read(self, name: str, z: int | slice) -> np.ndarray:
+        try:
+            return self._array(name)[z]
+        except RuntimeError as error:
+            raise SegkitError(f"{self.folder}: damaged store ({error}); delete it to have it staged again") from error
+
     def _array(self, name: str) -> blosc2.NDArray:
         key = (os.getpid(), self._itself, name)  # a forked worker opens its own
         array = _open_arrays.pop(key, None)
         if array is None:
-            array = open_array(self.folder / f"{name}.b2nd", self.shape)
+            array = open_array(self.folder / _file_name(name, self.info["fingerprint"]), self.shape)
         _open_arrays[key] = array
         while len(_open_arrays) > MOST_OPEN:
             _open_arrays.popitem(last=False)
@@ -104,10 +111,16 @@ class StagedSubject:
         return {"folder": self.folder, "info": self.info}
 
 
+def _file_name(name: str, print_of_sources: str) -> str:
+    return f"{name}-{print_of_sources[:12]}.b2nd"
+
+
 def open_array(path: Path, shape: tuple[int, int, int]) -> blosc2.NDArray:
     """Open a `.b2nd` for reading slices. SegkitError that names the file if it is damaged or of another shape."""
     try:
         array = blosc2.open(str(path), mode="r")
+    except FileNotFoundError as error:
+        raise SegkitError(f"{path}: is gone: deleted, or made anew because its sources changed; start again") from error
     except (RuntimeError, ValueError, OSError) as error:
         raise SegkitError(f"{path}: damaged store ({error}); delete its folder to have it staged again") from error
     if tuple(array.shape) != shape:
@@ -144,55 +157,46 @@ def stage_subject(subject: Subject, stage_dir: Path) -> StagedSubject:
     """Stage one subject, or return it from the store where it is there and its sources are unchanged.
 
     Peak memory: the CT, or one mask and the codes. Raises SubjectError that names subject and file for the first of
-    the errors that `segkit.reading` found; then nothing is left behind.
+    the errors that `segkit.reading` found, and SegkitError where the store cannot be written; then nothing is left
+    behind, and a store of older sources stays.
     """
-    target = stage_dir / subject.name
-    print_of_sources = fingerprint(subject)
-    staged = _load(target)
-    if staged is not None and staged.info.get("fingerprint") == print_of_sources:
+    target, print_of_sources = stage_dir / subject.name, fingerprint(subject)
+    staged = _load(target, print_of_sources)
+    if staged is not None:
         return staged
-    temporary = stage_dir / f".{subject.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        info = _write_store(subject, temporary)
-        write_json(temporary / "subject.json", {**info, "fingerprint": print_of_sources})
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    except OSError:
-        # another process may have staged the same subject in the meantime: then its store serves
-        staged = _load(target)
-        if staged is None or staged.info.get("fingerprint") != print_of_sources:
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _load(target)
+    info = {}
+    write_whole_folder(
+        target, lambda folder: info.update(_write_store(subject, folder, print_of_sources)), replace=True
+    )
+    return StagedSubject(target, info)
 
 
-def _load(folder: Path) -> StagedSubject | None:
+def _load(folder: Path, print_of_sources: str) -> StagedSubject | None:
     try:
         info = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
-        return StagedSubject(folder, info) if info["version"] == STORE_VERSION else None
+        of_these = info["version"] == STORE_VERSION and info["fingerprint"] == print_of_sources
+        return StagedSubject(folder, info) if of_these else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, from another version or damaged: it is staged again
 
 
-def _write_store(subject: Subject, folder: Path) -> dict:
+def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> dict:
     findings = Findings(subject.name)
     read = read_ct(subject, findings)
     refuse(findings)
     hu, grid = read
     hu = grid.to_canonical(hu)
     shape = hu.shape
-    save_array(folder / "ct.b2nd", hu)
+    save_array(folder / _file_name("ct", print_of_sources), hu)
     del read, hu  # the labels need the memory
     volume = read_labels(subject, grid, findings)
     refuse(findings)
     volume = volume.with_codes(grid.to_canonical(volume.codes))
-    save_array(folder / "codes.b2nd", volume.codes)
+    save_array(folder / _file_name("codes", print_of_sources), volume.codes)
     voxels, slices = count_structures(volume)
-    return {
+    info = {
         "version": STORE_VERSION,
+        "fingerprint": print_of_sources,
         "subject": subject.name,
         "source": str(subject.ct.resolve()),
         "ct_bytes": subject.ct.stat().st_size,
@@ -206,6 +210,8 @@ def _write_store(subject: Subject, folder: Path) -> dict:
         "slices": slices,
         **codebook_to_json(volume),
     }
+    write_json(folder / "subject.json", info)
+    return info
 
 
 def count_structures(volume: CodeVolume) -> tuple[dict[str, int], dict[str, list[list[int]]]]:
@@ -232,7 +238,8 @@ def stage(
     such one is raised as SubjectError. `jobs=None` leaves the number and the place of the workers to the surrounding
     `joblib.parallel_config`: inside `parallel_config(backend="dask")` they are those of a cluster, which must see the
     data and STAGE_DIR under the same paths. The store lies in a folder of its own for each data folder, so that one
-    STAGE_DIR serves several. Raises SegkitError if STAGE_DIR lies inside the data, or if no subject is usable.
+    STAGE_DIR serves several; one process at a time stages into it, others wait for it. Raises SegkitError if STAGE_DIR
+    lies inside the data or cannot be written, or if no subject is usable.
     """
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise SegkitError(f"JOBS = {jobs!r}: expected a whole number of 1 or more, or None")
@@ -242,14 +249,19 @@ def stage(
         raise SegkitError(f"STAGE_DIR {stage_dir} lies inside the data {data_dir}; choose a folder outside of it")
     home = stage_dir / f"{data_dir.name}-{hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]}"
     make_folder(home)
-    staged, problems = [], []
-    for subject, result in _stage_all(subjects, home, jobs, progress):
-        if isinstance(result, StagedSubject):
-            staged.append(result)
-        elif strict:
-            raise SubjectError(result)
-        else:
-            problems.append(Finding(subject.name, "error", "left out", result))
+    results = {subject.name: _staged_before(subject, home) for subject in subjects}
+    missing = [subject for subject in subjects if results[subject.name] is None]
+    if missing:
+        with alone(home / ".lock", f"{home}: another process stages into it, waiting until it is done", wait=True):
+            sweep(home)
+            for subject, result in _stage_all(missing, home, jobs, progress):
+                if strict and isinstance(result, str):
+                    raise SubjectError(result)
+                results[subject.name] = result
+    staged = [result for result in results.values() if isinstance(result, StagedSubject)]
+    problems = [
+        Finding(name, "error", "left out", result) for name, result in results.items() if isinstance(result, str)
+    ]
     if not staged:
         shown = " | ".join(map(str, problems[:5]))
         raise SegkitError(f"{data_dir}: none of the {len(subjects)} subjects can be used. {shown}")
@@ -273,6 +285,13 @@ def _stage_all(
 
 def _size(subject: Subject) -> int:
     return sum(path.stat().st_size for path in subject.files if path.is_file())
+
+
+def _staged_before(subject: Subject, home: Path) -> StagedSubject | None:
+    try:
+        return _load(home / subject.name, fingerprint(subject))
+    except SubjectError:
+        return None  # it will be said when it is staged
 
 
 def _stage_or_problem(subject: Subject, home: Path) -> StagedSubject | str:

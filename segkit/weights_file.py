@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, UnwritableError
 from segkit.runs import write_whole
 
 SUFFIX = ".safetensors"
@@ -59,7 +59,9 @@ def write_weights_file(path: Path, content: dict) -> Path:
         rest = json.loads(json.dumps(rest, allow_nan=False))  # as it will be read
         text = json.dumps({**rest, "sha256": _digest(rest, weights)})
         return write_whole(path, lambda temporary: safetensors.torch.save_file(weights, temporary, {ENTRY: text}))
-    except (TypeError, ValueError, OSError, RecursionError, safetensors.SafetensorError) as error:
+    except UnwritableError:
+        raise
+    except (TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise SegkitError(f"{path}: cannot be written: {_short(error)}") from error
 
 

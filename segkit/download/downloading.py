@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from errno import errorcode
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import SegkitError
+from ..errors import SegkitError, unwritable
+from ..locks import alone
 from ..runs import write_json
 from .disk import WORK, md5
 from .fetching import fetch
 from .releases import RELEASES, Release
 from .unpacking import unpack
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 
 def download(
@@ -59,15 +51,12 @@ def download(
     try:
         if not _is_finished(folder, release):
             (folder / WORK).mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            taken = f"{folder}: another process is downloading into it; wait until it ends"
+            with alone(folder / WORK / "lock", taken):
                 _complete(folder, release, keep_archive, progress, (retries, wait, timeout))
         _clean(folder / WORK)
     except OSError as error:  # of files; those of the network became SegkitError where they happened
-        full = errorcode.get(error.errno) in ("ENOSPC", "EDQUOT")
-        reason = "the disk is full; make room" if full else f"{error.strerror or error}; put that right"
-        raise SegkitError(
-            f"{error.filename or folder}: {reason} and run it again, it goes on where it stopped"
-        ) from error
+        raise unwritable(error.filename or folder, error, "it goes on where it stopped") from error
     return folder
 
 
@@ -134,19 +123,3 @@ def _clean(work: Path) -> None:
                 shutil.rmtree(path)
             elif path.name not in ("state.json", "lock"):
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out. The system takes the lock back from a process that ends, however it ends."""
-    with open(folder / WORK / "lock", "ab") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError) as error:
-            raise SegkitError(f"{folder}: another process is downloading into it; wait until it ends") from error
-        except OSError as error:  # some network file systems, where large data sets live, have no locks
-            warnings.warn(f"{folder}: cannot be locked ({error}); start no second download into it", stacklevel=4)
-        yield
