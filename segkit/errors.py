@@ -23,9 +23,14 @@ class SubjectError(SegkitError):
     """One subject cannot be used. Work on many subjects reports it and goes on with the others."""
 
 
+def printable(text: str) -> str:
+    """`text` in one line for a terminal: what would move its cursor, end the line or change colours becomes `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in the files of a subject. As text: its message, which names subject and file."""
+    """One thing found in the files of a subject. As text: its message, `printable`, which names subject and file."""
 
     subject: str
     severity: str  # one of SEVERITIES
@@ -35,7 +40,7 @@ class Finding:
     value: float | None = None  # the number that the message is about, where there is one
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)
 
 
 class Findings(list[Finding]):

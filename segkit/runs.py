@@ -9,8 +9,12 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from segkit.errors import SegkitError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUN_FILES = (
     "checkpoint_epoch*.pth",
@@ -139,6 +143,20 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".[0-9]*.*"):
         if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
+    """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
+
+    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
+    """
+    columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
+    safe = table.assign(**columns)
+    return write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, encoding="utf-8", **options))
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def write_json(path: str | Path, content: object) -> Path:

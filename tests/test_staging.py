@@ -192,10 +192,13 @@ def test_small_offsets_other_values_and_clipped_hu_are_accepted_and_noted(two_su
 def test_a_damaged_store_is_named_or_staged_again(two_subjects, tmp_path):
     subjects, _ = find_subjects(two_subjects)
     staged = stage_subject(subjects[0], tmp_path / "store")
-    (staged.folder / "codes.b2nd").write_bytes(b"nonsense")
+    size = (staged.folder / "codes.b2nd").stat().st_size
+    (staged.folder / "codes.b2nd").write_bytes(b"nonsense".ljust(size))
     again = staging._load(staged.folder)
     with pytest.raises(SegkitError, match=r"codes\.b2nd: damaged store"):
         again.labels()
+    (staged.folder / "codes.b2nd").write_bytes(b"cut short")
+    assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
     (staged.folder / "subject.json").write_text("{")
     assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
 
