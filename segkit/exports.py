@@ -17,7 +17,7 @@ from segkit.inference import Segmentation
 from segkit.labels import check_name, rgb_of
 from segkit.measuring import measure
 from segkit.meshes import Mesh, make_meshes
-from segkit.runs import write_whole, write_whole_folder
+from segkit.runs import write_csv, write_whole, write_whole_folder
 from segkit.scans import Scan, ScanSource
 
 
@@ -118,7 +118,7 @@ def _html(job: Job) -> None:
 
 def _csv(job: Job) -> None:
     table = measure(job.codes, job.scan.hu_volume, job.scan.grid)
-    job.file("_structures.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+    job.file("_structures.csv", lambda path: write_csv(path, table, float_format="%.6g"))
 
 
 _WRITERS: Mapping[str, tuple[Callable[[Job], None], str]] = {

@@ -134,7 +134,7 @@ def test_who_reads_a_store_never_gets_half_of_another(data, tmp_path, fault):
     for z in range(40):
         assert np.array_equal(reading.hu(z), before[z]) and np.array_equal(reading.labels(z).codes, codes[z])
         for read in (unopened.hu, unopened.labels):
-            with pytest.raises(SegkitError, match="s0000.*start again"):
+            with pytest.raises(SegkitError, match=r"s0000.*start again"):
                 read(z)
         row.times += 4
 
