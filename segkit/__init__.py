@@ -15,6 +15,7 @@ The files in the order in which data walk through them; each imports only from t
     audit.py         what is wrong with a data set
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
+    choices.py       what is chosen by name: networks, losses, formats of results
     settings.py      what a person changes about a training and its scores
     slices.py        staged subjects -> batches of slices with their codes
     slabs.py         the same for a 3D network: slices in a row

@@ -45,6 +45,7 @@ class StagedSubject:
 
     @property
     def name(self) -> str:
+        """The subject's name."""
         return self.info["subject"]
 
     @property
@@ -132,7 +133,10 @@ def save_array(path: Path, volume: np.ndarray) -> None:
 
 
 def fingerprint(subject: Subject) -> str:
-    """Hash over name, size and modification time of all source files: another one means that the store is stale."""
+    """Hash over name, size and modification time of all source files: another one means that the store is stale.
+
+    Raises SubjectError for a file that cannot be looked at.
+    """
     try:
         lines = [f"{path.name} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in subject.files]
     except OSError as error:

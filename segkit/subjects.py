@@ -254,7 +254,7 @@ def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 
     `given`, the split that the data set gives (name -> split), decides where it says; who is not in it trains. Without
     validation subjects a seeded tenth of train (at least one) validates; without test subjects the validation subjects
     are the test. A single subject is cut into slabs of SLAB_SLICES slices, in turn for training and for validation and
-    test.
+    test. Raises SegkitError where no subject is left to train.
     """
     names = sorted(slices)
     if not names:

@@ -16,6 +16,7 @@ import numpy as np
 
 from segkit.codes import CodeVolume, CodeWriter, smallest_dtype
 from segkit.errors import Findings, SegkitError, SubjectError
+from segkit.formats import LabelSource
 from segkit.formats.nifti import Grid, nifti_files, offset_mm, read_header, read_volume, stem
 from segkit.labels import safe_name
 
@@ -24,7 +25,7 @@ MOST_NUMBERS = 1 << 20  # between the lowest and the highest: beyond, it is no l
 
 
 @dataclass(frozen=True)
-class LabelImage:
+class LabelImage(LabelSource):
     """A file of numbers, and the numbers of each structure; 0 is background.
 
     A structure may have several numbers and a number several structures (nnU-Net's regions). Voxels of `ignored`
