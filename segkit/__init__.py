@@ -69,4 +69,10 @@ The files in the order in which data walk through them; each imports only from t
 For education and research, not for diagnosis.
 """
 
+import os
+import sys
+
+if sys.platform == "darwin":  # read when torch is loaded: what Apple's GPUs lack is computed by the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 __version__ = "0.1.0"

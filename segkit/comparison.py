@@ -25,7 +25,7 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
     Raises SegkitError for fewer than two tables, for tables without a common case, or of different references.
     """
     if len(tables) < 2:
-        raise SegkitError(f"{len(tables)} table of scores: expected two or more to compare")
+        raise SegkitError(f"expected two or more tables of scores to compare, found {len(tables)}")
     (first_name, first), *others = tables.items()
     rows = [_differences(first_name, first, name, table, measure) for name, table in others]
     return pd.concat(rows, ignore_index=True)

@@ -159,8 +159,11 @@ def open_run(
         content = json.loads((output_dir / "split.json").read_text(encoding="utf-8"))
         split = Split.from_json(content, str(output_dir / "split.json"))
         trained_on, known = Path(content["data_dir"]), dict(content["ct_bytes"])
-    except FileNotFoundError as error:
-        raise SegkitError(f"{error.filename} is missing: no training run there; run train_unet first") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SegkitError(
+            f"{error.filename} is missing: no training run there; train first (train_unet.ipynb, or segkit train), or "
+            "give the OUTPUT_DIR of a training"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise SegkitError(f"{output_dir / 'split.json'}: damaged ({error}); train again") from error
     if max_subjects is not None and max_subjects < 1:

@@ -55,6 +55,7 @@ class Job:
 
 def as_masks(job: Job) -> None:
     """`segmentations/<structure>.nii.gz`, a mask each."""
+    _check_files_of_their_own(job)
     job.files_in("segmentations", lambda folder: write_mask_files(folder, job.codes, job.scan.grid))
 
 
@@ -103,6 +104,7 @@ def as_dicom(job: Job) -> None:
 
 def as_stl(job: Job) -> None:
     """`stl/<structure>.stl`, a surface each."""
+    _check_files_of_their_own(job)
 
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
@@ -113,6 +115,7 @@ def as_stl(job: Job) -> None:
 
 def as_ply(job: Job) -> None:
     """`ply/<structure>.ply`, a coloured surface each."""
+    _check_files_of_their_own(job)
 
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
@@ -120,6 +123,18 @@ def as_ply(job: Job) -> None:
             mesh_files.write_ply(path, mesh.vertices, mesh.faces, rgb_of(name), name)
 
     job.files_in("ply", write)
+
+
+def _check_files_of_their_own(job: Job) -> None:
+    """SegkitError for two structures whose files would be one on Windows and macOS, where case does not count."""
+    seen: dict[str, str] = {}
+    for name in job.codes.structures:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise SegkitError(
+                f"structures {other} and {name} differ in case alone: on Windows and macOS one file would overwrite "
+                "the other; rename one of them, or choose a format with one file for all"
+            )
 
 
 def as_html(job: Job) -> None:

@@ -15,7 +15,7 @@ from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.nifti_writing import file_planes, write_nifti
 from segkit.inference import Predictor, Segmentation
 from segkit.pictures import plot_slices, spread_slices
-from segkit.runs import write_whole_folder
+from segkit.runs import make_folder, write_whole_folder
 from segkit.scans import Scan, ScanSource, read_scan
 from segkit.settings import Segmenting
 from segkit.subjects import Part
@@ -58,7 +58,8 @@ def predict_scans(
     first scan for a format that there is not or that a scan cannot have, and where a scan's folder holds files.
     """
     exports.check_formats(formats, sources)
-    folders = {source.name: Path(folder) / source.name for source in sources}
+    folder = make_folder(Path(folder))  # not found out after the first scan
+    folders = {source.name: folder / source.name for source in sources}
     done = [name for name, there in folders.items() if there.is_dir() and any(there.iterdir())]
     if done and not resume:
         raise SegkitError(

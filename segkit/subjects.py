@@ -107,7 +107,8 @@ def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
     or holds no subject at all, and for an unreadable `meta.csv` or `dataset.json`.
     """
     if not Path(data_dir).is_dir():
-        raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the folder that holds the subjects")
+        what = "is a file" if Path(data_dir).exists() else "no such folder"
+        raise SegkitError(f"{data_dir}: {what}; set DATA_DIR to the folder that holds the subjects")
     data_dir = Path(data_dir).absolute()  # workers may have another working directory
     candidates = _nnunet_cases(data_dir) if is_nnunet_folder(data_dir) else _subject_folders(data_dir)
     subjects: dict[str, Subject] = {}
