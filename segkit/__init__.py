@@ -18,6 +18,7 @@ The files in the order in which data walk through them; each imports only from t
     stores.py        volumes on disk, read a slice at a time, with checksums
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
+    choices.py       what is chosen by name: networks, losses, formats of results
     settings.py      what a person changes about a training and its scores
     slices.py        staged subjects -> batches of slices with their codes
     slabs.py         the same for a 3D network: slices in a row
@@ -71,5 +72,11 @@ The files in the order in which data walk through them; each imports only from t
 
 For education and research, not for diagnosis.
 """
+
+import os
+import sys
+
+if sys.platform == "darwin":  # read when torch is loaded: what Apple's GPUs lack is computed by the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"

@@ -1,21 +1,35 @@
-"""python -m segkit VERB: the work of the notebooks from a shell. Each verb calls what a notebook calls."""
+"""The work of the notebooks from a shell: segkit VERB, or python -m segkit VERB. Each calls what a notebook calls."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from segkit.choices import FORMATS
 from segkit.errors import Finding, SegkitError, printable
 from segkit.settings import NO_AUGMENTATION, Scoring, Segmenting, TrainSettings
 
 OUTPUTS = Path("outputs")
 
+NewFolder = Annotated[Path, Positional, arg(metavar="FOLDER")]
+DataDir = Annotated[Path, Positional, arg(metavar="DATA_DIR")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]")]
+FormatNames = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="FORMAT [FORMAT ...]",
+        help=f"one or more of {'; '.join(f'{name} ({entry.text})' for name, entry in FORMATS.items())}.",
+    ),
+]
 
-def phantom(folder: Positional[Path], subjects: int = 16, seed: int = 0, detail: float = 1.0, jobs: int = 1) -> None:
+
+def phantom(folder: NewFolder, subjects: int = 16, seed: int = 0, detail: float = 1.0, jobs: int = 1) -> None:
     """Write synthetic CT subjects with all 117 structures, in the dataset layout, with a meta.csv.
 
     Args:
@@ -33,7 +47,7 @@ def phantom(folder: Positional[Path], subjects: int = 16, seed: int = 0, detail:
     print(f"{folder}: {subjects} subjects")
 
 
-def download(folder: Positional[Path], small: bool = False, full: bool = False, keep_archive: bool = False) -> None:
+def download(folder: NewFolder, small: bool = False, full: bool = False, keep_archive: bool = False) -> None:
     """Fetch the public TotalSegmentator data set (CC BY 4.0) from Zenodo, check and unpack it.
 
     Interrupted, it goes on where it stopped when it is run again.
@@ -54,14 +68,14 @@ def download(folder: Positional[Path], small: bool = False, full: bool = False, 
     print(f"{folder}: {release.note}")
 
 
-def audit(data_dir: Positional[Path], output_dir: Path = OUTPUTS, jobs: int = 1) -> None:
+def audit(data_dir: DataDir, output_dir: Path = OUTPUTS, jobs: int = 1) -> None:
     """Read everything in a data set and report what is wrong or doubtful, as a table and as CSV. Changes nothing.
 
     Exits with code 1 if a subject cannot be used.
 
     Args:
         data_dir: folder of subjects.
-        output_dir: where the CSV goes, a row a finding.
+        output_dir: where the table goes as CSV, a row a finding.
         jobs: subjects read at the same time.
     """
     from segkit import audit as auditing
@@ -76,9 +90,9 @@ def audit(data_dir: Positional[Path], output_dir: Path = OUTPUTS, jobs: int = 1)
 
 
 def stage(
-    data_dir: Positional[Path],
+    data_dir: DataDir,
     stage_dir: Path = OUTPUTS / "staged",
-    exclude: tuple[str, ...] = (),
+    exclude: Names = (),
     max_subjects: int | None = None,
     jobs: int = 1,
     strict: bool = False,
@@ -89,7 +103,7 @@ def stage(
         data_dir: folder of subjects, s0000/ct.nii.gz and s0000/segmentations/<structure>.nii.gz.
         stage_dir: the store; outside of the data.
         exclude: names of subjects to leave out.
-        max_subjects: at most so many.
+        max_subjects: at most so many subjects.
         jobs: subjects staged at the same time; each needs the memory of its CT and one mask.
         strict: stop at the first subject that cannot be used, instead of naming it and going on.
     """
@@ -102,31 +116,33 @@ def stage(
 
 def train(
     settings: TrainSettings,
-    data_dir: Positional[Path | None] = None,
+    data_dir: Annotated[Path | None, Positional, arg(metavar="[DATA_DIR]")] = None,
     output_dir: Path = OUTPUTS,
     stage_dir: Path | None = None,
-    structures: tuple[str, ...] | None = None,
-    exclude: tuple[str, ...] = (),
+    structures: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
+    exclude: Names = (),
     max_subjects: int | None = None,
     jobs: int = 1,
     augment: bool = True,
     members: int = 1,
     resume: bool = False,
 ) -> None:
-    """Stage what is not staged yet and train a U-Net, or several; checkpoints and history go to the output folder.
+    """Train a network on a folder of subjects, after staging what is not staged yet.
+
+    Checkpoints and the history go to the output folder; segkit evaluate and segkit predict find them there.
 
     On several GPUs: accelerate launch --multi_gpu -m segkit train ...; each step's slices are shared out over them.
 
     Args:
-        settings: of the training.
+        settings: what is learned, and how.
         data_dir: folder of subjects; without it a phantom data set is made in the output folder.
         output_dir: files of an older run in it are moved to its runs/.
         stage_dir: the store; OUTPUT_DIR/staged by default.
-        structures: only these; all that the data have by default.
+        structures: learn only these, by the names of their files; all that the data have by default.
         exclude: names of subjects to leave out.
-        max_subjects: at most so many.
+        max_subjects: at most so many subjects.
         jobs: subjects staged at the same time.
-        augment: vary training slices, as the settings of the augmentation say.
+        augment: whether training slices are varied, as the settings of the augmentation say.
         members: train an ensemble of so many, with the seeds SEED, SEED + 1, ..., into member_1/ and so on.
         resume: go on with the interrupted or killed training in the output folder.
     """
@@ -171,7 +187,7 @@ def evaluate(
     """Predict and score the test subjects of a training run: tables, figures, and one page that shows them all.
 
     Args:
-        scoring: of the scores.
+        scoring: what counts as found, and how distances are measured.
         output_dir: the folder of the training run; results go there too.
         data_dir: another data set than the run's own.
         stage_dir: the store; OUTPUT_DIR/staged by default.
@@ -179,7 +195,7 @@ def evaluate(
             Dice, of each member where several were trained.
         threshold: a structure is where its probability exceeds this; by default what validated best for each.
         batch_size: slices predicted at a time.
-        max_subjects: at most so many.
+        max_subjects: at most so many of the test subjects.
         device: cpu, cuda, cuda:1 or mps; the best there is by default.
     """
     from segkit import evaluation, report
@@ -200,17 +216,17 @@ def evaluate(
 
 
 def compare(
-    tables: Positional[tuple[Path, ...]],
-    names: tuple[str, ...] = (),
+    tables: Annotated[tuple[Path, ...], Positional, arg(metavar="TABLE TABLE [TABLE ...]")],
+    names: Names = (),
     measure: str = "dice",
     output_dir: Path = OUTPUTS,
 ) -> None:
-    """Put evaluations of two or more models on the same subjects side by side: paired differences from the first.
+    """Compare models by their evaluations on the same subjects: paired differences from the first.
 
     Args:
         tables: evaluation_results_<stamp>.csv of each, as `evaluate` wrote them.
         names: what to call them; the folder and stamp of each by default.
-        measure: a column of the tables: dice, iou, nsd, hd95_mm, ...
+        measure: a column of the tables: dice, iou, nsd (surface Dice), hd95_mm, assd_mm, ...
         output_dir: where the CSV and the figures go.
     """
     from segkit import comparison, report
@@ -225,29 +241,26 @@ def compare(
 
 
 def predict(
-    source: Positional[Path],
+    source: Annotated[Path, Positional, arg(metavar="SCAN")],
     segmenting: Segmenting,
     out: Path = OUTPUTS / "segmentations",
-    checkpoint: tuple[Path, ...] = (OUTPUTS,),
-    format: tuple[str, ...] = ("nifti",),
+    checkpoint: Annotated[tuple[Path, ...], arg(metavar="PATH [PATH ...]")] = (OUTPUTS,),
+    format: FormatNames = ("nifti",),
     series: str | None = None,
     resume: bool = False,
     threshold: float | None = None,
     batch_size: int = 8,
     device: str | None = None,
 ) -> None:
-    """Segment scans of one's own; results have each scan's grid and open in the usual viewers.
+    """Segment scans of your own; results have each scan's grid and open in the usual viewers.
 
-    Formats: nifti (one file with names and colours inside), masks (a file a structure), slicer (.seg.nrrd and colour
-    table), itksnap, dicom (DICOM SEG), stl, ply, html (meshes), csv (volumes in ml, mean HU). For education and
-    research, not for diagnosis.
+    For education and research, not for diagnosis.
 
     Args:
         source: a NIfTI or NRRD file, a folder of them, a folder of subjects, or a folder of DICOM files.
-        segmenting: of the segmentation.
+        segmenting: how the scans are segmented.
         out: where to, a folder a scan.
         checkpoint: files, or folders of runs or shared models; several are averaged.
-        format: one or more of those above.
         series: the series UID, or its end, where a DICOM folder holds several.
         resume: leave out scans whose folder is there already.
         threshold: a structure is where its probability exceeds this; by default what validated best for each.
@@ -272,15 +285,15 @@ def predict(
 
 
 def share(
-    folder: Positional[Path],
+    folder: NewFolder,
     data_licence: str,
     output_dir: Path = OUTPUTS,
     checkpoint: Path | None = None,
     description: str = "",
 ) -> None:
-    """Write a trained model for others: weights as safetensors, and a model card. It opens by --checkpoint FOLDER.
+    """Write a trained model for others: weights as safetensors, and a model card.
 
-    No path of this machine and no name of a subject goes into it.
+    Others give the folder as --checkpoint. No path of this machine and no name of a subject goes into it.
 
     Args:
         folder: where to; a new folder or an empty one.
@@ -344,18 +357,26 @@ def _said(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def _say_on_one_line(message: Warning | str, *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
-    """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
+    """Run a verb. What is wrong with input, files or disk is printed as one line, with exit code 1."""
+    warnings.showwarning = _say_on_one_line  # a person who runs a verb has no use for the line of code
     verbs = (phantom, download, audit, stage, train, evaluate, compare, predict, share, demo, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {verb.__name__: verb for verb in verbs},
-            prog="python -m segkit",
+            prog="segkit" if Path(sys.argv[0]).stem == "segkit" else "python -m segkit",
             description=__doc__,
-            config=(tyro.conf.OmitArgPrefixes,),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-    except SegkitError as error:
+    except (SegkitError, OSError) as error:
         sys.exit(f"segkit: {_said(error)}")
+    except KeyboardInterrupt:
+        print("segkit: interrupted", file=sys.stderr)
+        sys.exit(130)  # what a shell expects
 
 
 if __name__ == "__main__":

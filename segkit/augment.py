@@ -114,7 +114,7 @@ def examples(
 
 
 def normalize(hu: torch.Tensor) -> torch.Tensor:
-    """HU -> network input: arcsinh((HU - HU_MIDDLE) / HU_UNIT), clipped to HU_RANGE before.
+    """HU -> network input: arcsinh((HU - HU_MIDDLE) / HU_UNIT), clipped to HU_RANGE before; of any shape.
 
     Nearly linear over soft tissue, where some ten HU decide, and logarithmic towards air and bone: organs differ by
     about 1 and the whole range spans -3.5 to 3.9, in one channel and without losing what a window would cut off.
@@ -195,7 +195,11 @@ def mirror_targets(
     mirrored: torch.Tensor,
     partners: Sequence[int | None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codebooks (B, K, C) and annotated channels (B, C) of a batch in which samples `mirrored` (B,) are mirrored."""
+    """Codebooks (B, K, C) and annotated channels (B, C) of a batch in which samples `mirrored` (B,) are mirrored.
+
+    partners: the channel that each becomes (`labels.mirrored_channels`). Raises ValueError where they are needed and
+    not given.
+    """
     if not bool(mirrored.any()):
         return codebook, annotated
     if partners is None:

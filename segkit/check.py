@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -16,9 +17,9 @@ from segkit.unet import UNet2D
 
 PACKAGES = (
     "segkit", "numpy", "nibabel", "scikit-image", "torch", "matplotlib", "plotly", "pandas", "tqdm", "scipy",
-    "jupyterlab", "ipywidgets", "isal", "blosc2", "joblib", "tyro", "fast-simplification", "accelerate",
-    "psutil", "papermill",
+    "ipywidgets", "isal", "blosc2", "joblib", "tyro", "fast-simplification", "accelerate", "psutil",
 )  # fmt: skip
+OF_NOTEBOOKS = ("jupyterlab", "ipykernel", "papermill")
 
 
 def check_installation() -> None:
@@ -26,15 +27,12 @@ def check_installation() -> None:
 
     Raises SegkitError that names the packages that are missing.
     """
-    missing = []
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
-        try:
-            print(f"  {package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
+    missing, of_notebooks = _missing(PACKAGES), _missing(OF_NOTEBOOKS)
     if missing:
         raise SegkitError(f"missing: {', '.join(missing)}; run pip install -r requirements.txt")
+    if of_notebooks:
+        print(f"  without {', '.join(of_notebooks)}: for the notebooks run pip install 'segkit[notebooks]'")
     device = pick_device()
     print(f"device: {describe_device(device)}")
     baseline = _step_seconds(device, torch.float32)
@@ -43,6 +41,17 @@ def check_installation() -> None:
         fast = _step_seconds(device, fast_dtype(device))
         print(f"  {str(fast_dtype(device)).removeprefix('torch.')} {fast:.2f} s: {baseline / fast:.1f} times as fast")
     print("everything that segkit needs works")
+
+
+def _missing(packages: Sequence[str]) -> list[str]:
+    """Print the versions of packages; those that are not installed."""
+    missing = []
+    for package in packages:
+        try:
+            print(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    return missing
 
 
 def _step_seconds(device: torch.device, dtype: torch.dtype) -> float:

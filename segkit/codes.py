@@ -85,7 +85,7 @@ class CodeVolume:
         return table
 
     def with_codes(self, codes: np.ndarray) -> CodeVolume:
-        """The same codebook over other codes: a slice, a crop, another orientation."""
+        """The same codebook over other codes, of any shape: a slice, a crop, another orientation."""
         return CodeVolume(codes, self.codebook, self.structures)
 
     def _column(self, structure: str) -> int:
@@ -114,7 +114,7 @@ class CodeWriter:
         return self._code_of[key]
 
     def add(self, volume: CodeVolume) -> np.ndarray:
-        """The codes of a volume (its structures among these) in this writer's numbering, uint32."""
+        """The codes of a volume (its structures among these) in this writer's numbering: uint32, its shape."""
         columns = [self.structures.index(name) for name in volume.structures]
         rows = np.zeros((len(volume.codebook), len(self.structures)), bool)
         rows[:, columns] = volume.codebook
@@ -123,7 +123,8 @@ class CodeWriter:
     def finish(self, codes: np.ndarray, voxels: np.ndarray | None = None) -> CodeVolume:
         """A CodeVolume with the codes renumbered: only sets that occur, small sets first, in the smallest dtype.
 
-        `voxels`, the number of voxels of each code where it is known, saves counting them.
+        codes: this writer's, of any shape. `voxels`, the number of voxels of each code where it is known, saves
+        counting them.
         """
         voxels = np.bincount(codes.ravel(), minlength=len(self.rows)) if voxels is None else voxels
         occurring = np.union1d([0], np.flatnonzero(voxels))
@@ -159,7 +160,10 @@ def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], orde
 
 
 def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
-    """As `encode`, from (name, where the mask is above 0 in a flat volume of memory layout `order`) pairs."""
+    """As `encode`, from (name, where the mask is above 0 in a flat volume of memory layout `order`) pairs.
+
+    Raises SegkitError for a name that comes twice.
+    """
     flat = np.zeros(math.prod(shape), np.uint8)
     names: list[str] = []
     sets: list[tuple[int, ...]] = [()]  # columns of the members of each code
@@ -191,7 +195,7 @@ def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ..
 
 
 def places_inside(mask: np.ndarray, order: str = "C") -> np.ndarray:
-    """Where a mask is above 0, rising, as places in its flat memory of layout `order` ("F" as NIfTI stores it)."""
+    """Where a mask is above 0, rising: places in its flat memory of layout `order` ("F": NIfTI's), int64 (n,)."""
     flat = mask.ravel(order=order)
     if flat.dtype not in (np.uint8, np.bool_):
         flat = flat > 0
@@ -210,9 +214,10 @@ def codebook_to_json(volume: CodeVolume) -> dict:
 
 
 def codebook_from_json(content: Mapping, codes: np.ndarray, source: str) -> CodeVolume:
-    """The reverse of `codebook_to_json`. Raises SegkitError that names `source` for content that does not fit.
+    """The reverse of `codebook_to_json`, for codes of any shape.
 
-    The names are safe (`segkit.labels.check_name`), and every one of `codes` is in the codebook.
+    Raises SegkitError that names `source` for content that does not fit: the names are safe (`labels.check_name`), and
+    every one of `codes` is in the codebook.
     """
     try:
         structures, members = content["structures"], content["codebook"]

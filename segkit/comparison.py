@@ -10,7 +10,8 @@ import pandas as pd
 
 from segkit.errors import SegkitError
 from segkit.labels import group_of
-from segkit.summaries import MEASURES, interval, over_structures, structure_means, values_of
+from segkit.metrics import MEASURES
+from segkit.summaries import interval, over_structures, structure_means, values_of
 
 ALL = "all structures"
 
@@ -26,7 +27,7 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
     references.
     """
     if len(tables) < 2:
-        raise SegkitError(f"{len(tables)} table of scores: expected two or more to compare")
+        raise SegkitError(f"expected two or more tables of scores to compare, found {len(tables)}")
     if measure not in MEASURES:
         raise SegkitError(f"no measure {measure!r}: choose among {', '.join(MEASURES)}")
     (first_name, first), *others = tables.items()

@@ -177,7 +177,10 @@ def open_run(
     output_dir = Path(output_dir)
     for path in (output_dir / "label_map.json", output_dir / "split.json"):
         if not path.exists():
-            raise SegkitError(f"{path} is missing: no training run there; run train_unet first")
+            raise SegkitError(
+                f"{path} is missing: no training run there; train first (train_unet.ipynb, or segkit train), or give "
+                "the OUTPUT_DIR of a training"
+            )
     label_map = load_label_map(output_dir / "label_map.json")
     trained_on, known, split = _read_split(output_dir / "split.json")
     if max_subjects is not None and max_subjects < 1:

@@ -21,7 +21,7 @@ def run_demo(output_dir: Path, training: Mapping[str, object]) -> None:
 
     `training`: what the configuration cell of the training notebook gets.
 
-    Raises SegkitError if the notebooks are not there (segkit was installed without them).
+    Raises SegkitError if the notebooks are not there (segkit was installed without them), and as `execute`.
     """
     started = time.time()
     root = project_root()
@@ -39,14 +39,23 @@ def run_demo(output_dir: Path, training: Mapping[str, object]) -> None:
 
 
 def execute(source: Path, target: Path, parameters: Mapping) -> dict:
-    """Run one notebook through papermill, its printed lines passed on; returns it as JSON."""
-    import papermill  # takes a second to import and is needed nowhere else
+    """Run one notebook through papermill, its printed lines passed on; returns it as JSON.
+
+    Raises SegkitError where papermill is missing, and for a cell that fails: `target` shows it.
+    """
+    try:
+        import papermill  # takes a second to import and is needed nowhere else
+    except ImportError as error:
+        raise SegkitError("notebooks are run by papermill: pip install 'segkit[notebooks]'") from error
 
     print(f"\n=== {source.name}", flush=True)
-    papermill.execute_notebook(
-        str(source), str(target), dict(parameters), cwd=str(target.parent), kernel_name="python3", progress_bar=True,
-        stdout_file=sys.stdout, stderr_file=sys.stderr, request_save_on_cell_execute=False,
-    )  # fmt: skip
+    try:
+        papermill.execute_notebook(
+            str(source), str(target), dict(parameters), cwd=str(target.parent), kernel_name="python3",
+            progress_bar=True, stdout_file=sys.stdout, stderr_file=sys.stderr, request_save_on_cell_execute=False,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise SegkitError(f"{target}: cell {error.exec_count} failed: {error.ename}: {error.evalue}") from error
     return json.loads(target.read_text(encoding="utf-8"))
 
 

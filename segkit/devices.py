@@ -19,7 +19,10 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SegkitError(f"DEVICE = {name!r} is not usable here ({error}); use None for the best there is") from error
+        why = "torch knows no such device" if "device string" in str(error) else str(error).splitlines()[0]
+        raise SegkitError(
+            f"DEVICE = {name!r} is not usable here ({why}): give cpu, cuda, cuda:1 or mps; None: the best there is"
+        ) from error
     return device
 
 

@@ -31,8 +31,7 @@ from segkit.subjects import Part
 from segkit.untrusted import read_file, read_json
 
 COLUMNS = (
-    "subject", "split", "structure", "group", "dice", "iou", "precision", "recall", "nsd", "hd95_mm", "hd_mm",
-    "assd_mm", "centroid_distance_mm", "reference_ml", "predicted_ml", "volume_error_ml", "tp", "fp", "fn",
+    "subject", "split", "structure", "group", *metrics.MEASURES, "reference_ml", "predicted_ml", "tp", "fp", "fn",
     "reference_voxels", "predicted_voxels", "present", "detected", "detection", "found_at_dice", "nsd_tolerance_mm",
 )  # fmt: skip
 
@@ -59,8 +58,8 @@ def score_subject(
     """One subject's rows, a structure each: those that the reference annotates and the prediction looks for.
 
     Codes (z, y, x) with `spacing_mm` in the same order. Columns as in COLUMNS: counts in voxels, volumes in ml,
-    distances in mm; `volume_error_ml` is predicted less reference, NaN where both are empty; `present` whether the
-    reference holds it; `detection` as in `metrics.detection` at `found_at_dice`, `detected` whether it was found.
+    distances in mm, the rest of the measures as in `metrics.MEASURES`; `present` whether the reference holds it;
+    `detection` as in `metrics.detection` at `found_at_dice`, `detected` whether it was found.
     Raises SubjectError if the two have no structure in common.
     """
     pairs = metrics.code_pairs(reference, prediction)
@@ -76,11 +75,11 @@ def score_subject(
     table = table.rename_axis("structure").reset_index()
     table["subject"], table["split"] = subject, split
     table["group"] = [group_of(name) for name in table["structure"]]
-    table["dice"], table["iou"] = metrics.dice(tp, fp, fn), metrics.iou(tp, fp, fn)
-    table["precision"], table["recall"] = metrics.precision(tp, fp), metrics.recall(tp, fn)
     table["reference_voxels"], table["predicted_voxels"] = tp + fn, tp + fp
     table["reference_ml"], table["predicted_ml"] = (tp + fn) * voxel_ml, (tp + fp) * voxel_ml
-    table["volume_error_ml"] = np.where(tp + fp + fn > 0, (fp - fn) * voxel_ml, np.nan)
+    for name, measure in metrics.MEASURES.items():
+        if measure.of is not None:
+            table[name] = measure.of(table)
     table["present"] = tp + fn > 0
     table["detection"] = metrics.detection(tp + fn > 0, tp + fp > 0, table["dice"].to_numpy(), scoring.detected_dice)
     table["detected"] = table["detection"] == "found"

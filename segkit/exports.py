@@ -1,13 +1,14 @@
-"""What a segmentation is written as: a format's name -> its files, for the viewers that people use."""
+"""A segmentation in the formats of `choices.FORMATS`, a function each, for the viewers that people use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from segkit import pages
+from segkit.choices import FORMATS, find
 from segkit.codes import CodeVolume
 from segkit.errors import Findings, SegkitError
 from segkit.formats import dicom_seg, label_writing, mesh_files
@@ -33,6 +34,7 @@ class Job:
 
     @property
     def codes(self) -> CodeVolume:
+        """The sets of structures of each voxel, (z, y, x) on the canonical axes of the scan's grid."""
         return self.segmentation.codes
 
     @cached_property
@@ -51,11 +53,14 @@ class Job:
         self.files += sorted(write_whole_folder(self.folder / name, write).iterdir())
 
 
-def _masks(job: Job) -> None:
+def as_masks(job: Job) -> None:
+    """`segmentations/<structure>.nii.gz`, a mask each."""
+    _check_files_of_their_own(job)
     job.files_in("segmentations", lambda folder: write_mask_files(folder, job.codes, job.scan.grid))
 
 
-def _label_image(job: Job) -> None:
+def as_nifti(job: Job) -> None:
+    """`<scan>_labels.nii.gz`, a number a structure, and `<scan>_labels.json` with the names."""
     names, best = job.codes.structures, job.segmentation.best
     if not any(file.name.endswith("_labels.nii.gz") for file in job.files):
         _say_what_is_lost(job)
@@ -74,18 +79,21 @@ def _say_what_is_lost(job: Job) -> None:
         )  # fmt: skip
 
 
-def _itksnap(job: Job) -> None:
-    _label_image(job)
+def as_itksnap(job: Job) -> None:
+    """The NIfTI file, and `<scan>_labels.txt`, which ITK-SNAP imports."""
+    as_nifti(job)
     job.file("_labels.txt", lambda path: label_writing.write_itksnap_table(path, job.codes.structures))
 
 
-def _slicer(job: Job) -> None:
+def as_slicer(job: Job) -> None:
+    """`<scan>.seg.nrrd`, and `<scan>_labels.ctbl`, a colour table for the label image."""
     job.file(".seg.nrrd", lambda path: write_segmentation(path, job.codes, job.scan.grid))
     title = f"{job.scan.name}_labels.ctbl"
     job.file("_labels.ctbl", lambda path: label_writing.write_slicer_table(path, job.codes.structures, title))
 
 
-def _dicom(job: Job) -> None:
+def as_dicom(job: Job) -> None:
+    """`<scan>_seg.dcm`, and further ones where structures overlap. SubjectError for a series that cannot have it."""
     segmentations = dicom_seg.make_segmentations(job.codes, job.scan.grid, job.scan.files)
     for number, made in enumerate(segmentations, start=1):
         job.file("_seg.dcm" if number == 1 else f"_seg_{number}.dcm", made.save_as)
@@ -94,7 +102,10 @@ def _dicom(job: Job) -> None:
         job.findings.add("warning", "nothing found", text)
 
 
-def _stl(job: Job) -> None:
+def as_stl(job: Job) -> None:
+    """`stl/<structure>.stl`, a surface each."""
+    _check_files_of_their_own(job)
+
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
             mesh_files.write_stl(folder / f"{name}.stl", mesh.vertices, mesh.faces, name)
@@ -102,7 +113,10 @@ def _stl(job: Job) -> None:
     job.files_in("stl", write)
 
 
-def _ply(job: Job) -> None:
+def as_ply(job: Job) -> None:
+    """`ply/<structure>.ply`, a coloured surface each."""
+    _check_files_of_their_own(job)
+
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
             path = folder / f"{name}.ply"
@@ -111,44 +125,42 @@ def _ply(job: Job) -> None:
     job.files_in("ply", write)
 
 
-def _html(job: Job) -> None:
+def _check_files_of_their_own(job: Job) -> None:
+    """SegkitError for two structures whose files would be one on Windows and macOS, where case does not count."""
+    seen: dict[str, str] = {}
+    for name in job.codes.structures:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise SegkitError(
+                f"structures {other} and {name} differ in case alone: on Windows and macOS one file would overwrite "
+                "the other; rename one of them, or choose a format with one file for all"
+            )
+
+
+def as_html(job: Job) -> None:
+    """`<scan>_3d.html`, all surfaces on one page."""
     figure = pages.mesh_figure(job.scan.name, {"segmentation": job.meshes})
     job.file("_3d.html", lambda path: pages.write_page(path, figure))
 
 
-def _csv(job: Job) -> None:
+def as_csv(job: Job) -> None:
+    """`<scan>_structures.csv`, the table of `measuring.measure`."""
     table = measure(job.codes, job.scan.hu_volume, job.scan.grid)
     job.file("_structures.csv", lambda path: write_csv(path, table, float_format="%.6g"))
-
-
-_WRITERS: Mapping[str, tuple[Callable[[Job], None], str]] = {
-    "nifti": (_label_image, "one NIfTI file, a number a structure, names and colours inside it and in a JSON file"),
-    "masks": (_masks, "a NIfTI mask a structure in segmentations/, as the data set has them; overlaps are kept"),
-    "slicer": (_slicer, "3D Slicer's .seg.nrrd, overlaps are kept, and a colour table"),
-    "itksnap": (_itksnap, "the NIfTI file and ITK-SNAP's label description"),
-    "dicom": (_dicom, "DICOM SEG that refers to the series of the scan; needs the extra dicom"),
-    "stl": (_stl, "a surface a structure in stl/, mm, LPS"),
-    "ply": (_ply, "a coloured surface a structure in ply/, mm, LPS"),
-    "html": (_html, "a 3D page that opens in a browser without a network"),
-    "csv": (_csv, "volume in ml, mean HU, bounding box of each structure"),
-}
-
-FORMATS: Mapping[str, str] = {name: text for name, (_, text) in _WRITERS.items()}
-"""The formats, a line each."""
 
 
 def check_formats(formats: Sequence[str], sources: Sequence[ScanSource] = ()) -> None:
     """Raise SegkitError for a format that there is not, whose packages are missing, or that a source cannot have."""
     for name in formats:
         if name not in FORMATS:
-            known = "\n".join(f"  {known}: {text}" for known, text in FORMATS.items())
-            raise SegkitError(f"format {name!r}: expected one or more of\n{known}")
-    if "dicom" in formats:
+            raise SegkitError(f"format {name!r}: expected one or more of {', '.join(FORMATS)}")
+        if not FORMATS[name].of_series:
+            continue
         dicom_seg.check_installed()
         for source in sources:
             if source.series is None:
                 raise SegkitError(
-                    f"{source.path}: format 'dicom' refers to the images of a DICOM series, and this is none; choose "
+                    f"{source.path}: format {name!r} refers to the images of a DICOM series, and this is none; choose "
                     "'nifti' or 'slicer', or give the series as input"
                 )
 
@@ -156,7 +168,7 @@ def check_formats(formats: Sequence[str], sources: Sequence[ScanSource] = ()) ->
 def write(
     formats: Sequence[str], scan: Scan, segmentation: Segmentation, folder: str | Path, findings: Findings
 ) -> list[Path]:
-    """Write a segmentation into `folder`, which exists, in each of `formats` (`FORMATS`); returns the files.
+    """Write a segmentation into `folder`, which exists, in each of `formats` (`choices.FORMATS`); returns the files.
 
     Shape, orientation and affine are those of the scan's file. What a format cannot hold goes into `findings`. Raises
     SegkitError as `check_formats`, and where a structure's name is not safe in a file.
@@ -166,6 +178,5 @@ def write(
         check_name(name)
     job = Job(scan, segmentation, Path(folder), findings)
     for name in formats:
-        writer, _ = _WRITERS[name]
-        writer(job)
+        find(FORMATS[name].where)(job)
     return job.files

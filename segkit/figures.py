@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segkit.errors import SegkitError
-from segkit.metrics import SUCCESS_THRESHOLDS, nan_mean
+from segkit.metrics import MEASURES, SUCCESS_THRESHOLDS, nan_mean
 from segkit.styles import BLACK, BLUE, GREEN, GROUP_STYLES, SKY, VERMILION, counted, groups_in, sentence
-from segkit.summaries import MEASURES, per_subject
+from segkit.summaries import per_subject
 
-DRAWN = {measure: name for measure, name in MEASURES.items() if measure != "volume_error_ml"}
-"""What `plot_distribution` draws: all measures but the one that may be below 0."""
+DRAWN = {name: measure.title for name, measure in MEASURES.items() if not measure.signed}
+"""What `plot_distribution` draws: all measures but those that may be below 0."""
 
 LINEAR_TO_MM = 1.0  # axes of distances are linear up to here, logarithmic above, so that 0 has a place
 

@@ -13,21 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from segkit.choices import Terms
 from segkit.slices import Targets
 
 CHUNK_PIXELS = 4096  # of 117 float32 channels: what two cores have near themselves
 DICE_SMOOTH = 1.0
 """Pixels added to both halves of the Dice ratio, so that a structure of a few pixels has a gradient to follow."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a loss is made of: bce * cross-entropy + dice * (1 - soft Dice), the cross-entropy with `gamma` focal."""
-
-    bce: float = 1.0
-    gamma: float = 0.0
-    dice: float = 0.0
-    helped: bool = True  # by positive weights and by an output that starts at each structure's frequency
 
 
 def code_members(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +127,7 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, bias, asked):
+        """The loss, a scalar, and beside it its gradients, where `asked` for."""
         terms, batch = asked.terms, _Batch(rows, weight, bias, asked.targets)
         total = bias.new_zeros((), dtype=batch.wide)
         scale, part = 1 / asked.number.to(total).clamp(min=1), terms.dice * asked.share.to(total)
@@ -159,6 +151,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """Those gradients times `grad`."""
         grads = ctx.saved_tensors
         # nearly always it is 1, and a plane of features need not be written again; elsewhere asking means waiting
         if grad.device.type != "cpu" or grad != 1:

@@ -1,4 +1,4 @@
-"""The losses to choose among, and network and loss as one module.
+"""The loss of a batch in the terms that LOSS chooses (`choices.LOSSES`), and network and loss as one module.
 
 `torch.nn.BCEWithLogitsLoss(pos_weight)` on dense planes is the reference that the tests compare with, for the Dice
 term MONAI's DiceLoss. How they are computed: `segkit.head`.
@@ -11,21 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from segkit.head import Asked, ChunkedHead, Terms
+from segkit.choices import LOSSES, Terms
+from segkit.head import Asked, ChunkedHead
 from segkit.slices import Targets
 from segkit.unet import UNet2D
-
-FOCAL_GAMMA = 2.0
-"""Exponent of the focal loss (Lin et al. 2017, https://arxiv.org/abs/1708.02002)."""
-
-LOSSES: Mapping[str, Terms] = {
-    "bce": Terms(),
-    "bce_dice": Terms(dice=1.0),
-    "dice": Terms(bce=0.0, dice=1.0),
-    "focal": Terms(gamma=FOCAL_GAMMA),
-    "textbook": Terms(helped=False),
-}
-"""What LOSS chooses among. "textbook" is cross-entropy as it stands in textbooks, to compare with."""
 
 
 def head_loss(
@@ -67,6 +56,7 @@ class ModelWithLoss(nn.Module):
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, images: torch.Tensor, targets: Targets, number: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of a batch, a scalar, as `head_loss` computes it; images (B, in_channels, H, W) float."""
         targets, features = targets.by_slice(self.network.decode(images))
         with torch.autocast(images.device.type, enabled=False):
             return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number)
@@ -89,13 +79,14 @@ def structure_frequencies(
 
 
 def positive_weights(frequencies: torch.Tensor, cap: float) -> torch.Tensor:
-    """w = min(sqrt(1 / f), cap): how much more an inside voxel counts than an outside one. A cap of 1 is plain BCE."""
+    """w = min(sqrt(1 / f), cap): how much more an inside voxel counts than an outside one, (C,). A cap of 1 is BCE."""
     return frequencies.rsqrt().clamp(max=cap)
 
 
 def start_bias(head: nn.Conv2d, frequencies: torch.Tensor, pos_weight: torch.Tensor) -> None:
     """Set the head's bias to logit(w f / (w f + 1 - f)), what the loss would make of it without any image.
 
+    frequencies, pos_weight: (C,), as many as the head has channels.
     From 0, where every voxel starts as half inside, the first hundreds of steps only lower the bias (Lin et al. 2017,
     https://arxiv.org/abs/1708.02002, section 4.1, has the idea for one class).
     """

@@ -7,12 +7,12 @@ The rule for empty masks, in this one place (reference / prediction):
     not empty / empty      Dice, IoU and surface Dice 0, distances NaN; missed
     not annotated          no row, no count
 
-Means leave NaN out at every level and say how many values they are of.
+Means leave NaN out at every level and say how many values they are of. What is measured of each case: MEASURES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,22 +90,22 @@ def _members(volume: CodeVolume, names: tuple[str, ...]) -> np.ndarray:
 
 
 def dice(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FP + FN) (Dice 1945); NaN where all three are 0."""
+    """2 TP / (2 TP + FP + FN) (Dice 1945), float64 of the counts' shape; NaN where all three are 0."""
     return _ratio(2 * np.asarray(tp, float), 2 * np.asarray(tp, float) + fp + fn)
 
 
 def iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP + FN) (Jaccard 1912), which is Dice / (2 - Dice); NaN where all three are 0."""
+    """TP / (TP + FP + FN) (Jaccard 1912), = Dice / (2 - Dice), float64 of the counts' shape; NaN where all are 0."""
     return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fp + fn)
 
 
 def precision(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP): the share of the prediction that is right; NaN where nothing is predicted."""
+    """TP / (TP + FP): the share of the prediction that is right, of the counts' shape; NaN where there is none."""
     return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fp)
 
 
 def recall(tp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """TP / (TP + FN): the share of the reference that was found; NaN where the reference is empty."""
+    """TP / (TP + FN): the share of the reference that was found, of the counts' shape; NaN where there is none."""
     return _ratio(np.asarray(tp, float), np.asarray(tp, float) + fn)
 
 
@@ -114,7 +114,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def nan_mean(values: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the values that are not NaN, and their number; NaN where there are none."""
+    """Mean of the values that are not NaN, and their number; NaN where there are none. All, or those along `axis`."""
     values = np.asarray(values, float)
     number = (~np.isnan(values)).sum(axis)
     return _ratio(np.nansum(values, axis), np.asarray(number)), number
@@ -134,3 +134,38 @@ def success_rate(dice_values: np.ndarray, threshold: float) -> float:
     values = np.asarray(dice_values, float)
     values = values[~np.isnan(values)]
     return float((values >= threshold).mean()) if values.size else float("nan")
+
+
+def volume_error_ml(cases: pd.DataFrame) -> np.ndarray:
+    """Predicted less reference volume of cases as in `Measure`, ml, float64 (n,); NaN where both are empty."""
+    either = cases["predicted_ml"] + cases["reference_ml"] > 0
+    return (cases["predicted_ml"] - cases["reference_ml"]).where(either).to_numpy()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number a case, a column of the table of scores.
+
+    of: from a table with a row a case and columns tp, fp, fn (voxels), reference_ml and predicted_ml, float64 (n,)
+    with NaN for no value; None: `surface.surface_scores` has a column of that name.
+    """
+
+    title: str  # in figures and tables
+    of: Callable[[pd.DataFrame], np.ndarray] | None = None
+    higher_is_better: bool = False  # else a model is better the nearer it is to 0
+    signed: bool = False  # whether it may be below 0; others are from 0 to 1, or distances whose name ends in _mm
+
+
+MEASURES: Mapping[str, Measure] = {
+    "dice": Measure("Dice", lambda cases: dice(cases["tp"], cases["fp"], cases["fn"]), higher_is_better=True),
+    "iou": Measure("IoU", lambda cases: iou(cases["tp"], cases["fp"], cases["fn"]), higher_is_better=True),
+    "nsd": Measure("surface Dice", higher_is_better=True),
+    "precision": Measure("precision", lambda cases: precision(cases["tp"], cases["fp"]), higher_is_better=True),
+    "recall": Measure("recall", lambda cases: recall(cases["tp"], cases["fn"]), higher_is_better=True),
+    "hd95_mm": Measure("HD95 (mm)"),
+    "hd_mm": Measure("Hausdorff distance (mm)"),
+    "assd_mm": Measure("ASSD (mm)"),
+    "centroid_distance_mm": Measure("centroid distance (mm)"),
+    "volume_error_ml": Measure("volume error (ml)", volume_error_ml, signed=True),
+}
+"""What is measured of each case, in the order of tables and figures."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segkit.checkpoints import Checkpoint
+from segkit.choices import MODELS
 from segkit.errors import SegkitError
 from segkit.labels import GROUPS
+from segkit.metrics import MEASURES
 from segkit.report import headline
 from segkit.subjects import SPLITS, Split
-from segkit.summaries import MEASURES
 
 TAGS = ("segkit", "ct", "medical-imaging", "segmentation", "not-for-diagnosis")
 HUB_LICENCES = (
@@ -26,7 +27,6 @@ HUB_LICENCES = (
 )  # fmt: skip
 """Those of https://huggingface.co/docs/hub/repositories-licenses that data come under; others are "other"."""
 
-_KINDS = {"unet": "2D U-Net", "attention_unet": "2D U-Net with attention gates", "unet3d": "3D U-Net"}
 _LICENCE = re.compile(r"[\w .,:;()/+-]*[^\W_][\w .,:;()/+-]*")
 
 
@@ -93,7 +93,7 @@ def _what_it_is(checkpoints: Sequence[Checkpoint]) -> str:
     first = checkpoints[0]
     rows, columns = first.target_shape
     several = f"{len(checkpoints)} networks, whose logits are averaged: each a " if len(checkpoints) > 1 else "A "
-    kind = _KINDS[first.network.get("model", "unet")]
+    kind = MODELS[first.network.get("model", "unet")].title
     widths = ", ".join(str(int(width)) for width in first.network["features"])
     depth = getattr(first.model, "depth", 1)
     sees = f"slabs of {depth} slices" if depth > 1 else _count(first.model.in_channels, "slice")
@@ -219,9 +219,8 @@ def _row(row: Mapping) -> str:
     low, high = row["low"], row["high"]
     sure = "one subject" if low is None or high is None else f"{low:.3f} to {high:.3f}"
     over = "all" if row["over"] == "structures" else row["over"]
-    return (
-        f"| {MEASURES[row['measure']]} | {over} | {row['mean']:.3f} | {sure} | {int(row['n'])} | {int(row['cases'])} |"
-    )
+    score, n, cases = MEASURES[row["measure"]].title, int(row["n"]), int(row["cases"])
+    return f"| {score} | {over} | {row['mean']:.3f} | {sure} | {n} | {cases} |"
 
 
 def _count(number: int, what: str) -> str:

@@ -1,23 +1,25 @@
-"""The networks that MODEL chooses among, built from what a checkpoint stores of them.
+"""The networks that MODEL chooses among (`choices.MODELS`), built from what a checkpoint stores of them.
 
-Each has `decode(images)`, the last feature maps before the head, (B, features[0], ...); `head`, a convolution of one
-pixel to a channel a structure; `forward`, which is both; and `in_channels`. So one chunked head and one loss serve all.
-One that labels several slices at a time says so by `depth`.
+Each is a class that takes in_channels, out_channels and features, and has `decode(images)`, the last feature maps
+before the head, (B, features[0], ...); `head`, a convolution of one pixel to a channel a structure; `forward`, which is
+both; and `in_channels`. So one chunked head and one loss serve all. One that labels several slices at a time says so by
+`depth`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from segkit.choices import MODELS, find
 from segkit.devices import fast_dtype
 from segkit.errors import SegkitError
-from segkit.settings import MODEL_NAMES, TrainSettings
-from segkit.unet import UNet2D, check_sides
+from segkit.settings import TrainSettings
+from segkit.unet import check_sides
 
 
 class AttentionUNet(nn.Module):
@@ -31,7 +33,7 @@ class AttentionUNet(nn.Module):
         super().__init__()
         self.in_channels, self.step = in_channels, 2 ** len(features)
         channels, strides = (*features, 2 * features[-1]), (2,) * len(features)
-        whole = _monai_nets("attention_unet").AttentionUnet(2, in_channels, features[0], channels, strides)
+        whole = _monai_nets().AttentionUnet(2, in_channels, features[0], channels, strides)
         self.body = whole.model[:2]  # the third is a head of its own
         self.head = nn.Conv2d(features[0], out_channels, 1)
 
@@ -41,6 +43,7 @@ class AttentionUNet(nn.Module):
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits of images (B, in_channels, H, W): (B, out_channels, H, W)."""
         return self.head(self.decode(images))
 
 
@@ -72,7 +75,7 @@ class UNet3D(nn.Module):
                 f"unet3d of {in_channels} channels and {depth} slices: expected 1 channel, a multiple of {self.step}"
             )
         widths = (*features, 2 * features[-1])
-        whole = _monai_nets("unet3d").DynUNet(
+        whole = _monai_nets().DynUNet(
             3, 1, 1, [3] * len(widths), [1, *[2] * len(features)], [2] * len(features), filters=widths
         )
         self.down = nn.ModuleList([whole.input_block, *whole.downsamples, whole.bottleneck])
@@ -91,11 +94,8 @@ class UNet3D(nn.Module):
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits of slabs (B, D, H, W): (B, out_channels, D, H, W)."""
         return self.head(self.decode(images))
-
-
-MODELS: Mapping[str, type[nn.Module]] = dict(zip(MODEL_NAMES, (UNet2D, AttentionUNet, UNet3D), strict=True))
-"""What MODEL chooses among."""
 
 
 def network_arguments(settings: TrainSettings, out_channels: int) -> dict:
@@ -106,21 +106,22 @@ def network_arguments(settings: TrainSettings, out_channels: int) -> dict:
         "out_channels": out_channels,
         "features": list(settings.features),
     }
-    if settings.model == "unet":
-        arguments["norm"] = settings.norm
-    return arguments | ({"depth": settings.depth} if settings.depth > 1 else {})
+    kind = MODELS[settings.model]
+    arguments |= {name: getattr(settings, name) for name in kind.takes}
+    return arguments | ({"depth": settings.depth} if kind.slabs else {})
 
 
 def build_network(model: str = "unet", **arguments: object) -> nn.Module:
     """The network called `model`, with new weights. SegkitError for another name, and where MONAI is missing."""
     if model not in MODELS:
         raise SegkitError(f"MODEL = {model!r}: expected one of {', '.join(MODELS)}")
-    return MODELS[model](**arguments)
+    check_installed(model)
+    return find(MODELS[model].where)(**arguments)
 
 
 def check_installed(model: str) -> None:
     """SegkitError that says what to install where the network called `model` needs MONAI and there is none."""
-    if model != "unet" and importlib.util.find_spec("monai") is None:
+    if MODELS[model].needs_monai and importlib.util.find_spec("monai") is None:
         raise SegkitError(
             f"MODEL = {model!r} is built from MONAI, which is not installed: run pip install 'segkit[monai]' (in a "
             "clone: pip install -e '.[monai]'), or set MODEL = 'unet'"
@@ -145,8 +146,7 @@ def _of_volumes(model: nn.Module) -> bool:
     return any(weights.ndim == 5 for weights in model.parameters())
 
 
-def _monai_nets(model: str) -> ModuleType:
-    check_installed(model)
+def _monai_nets() -> ModuleType:
     from monai.networks import nets  # takes 3 to 4 seconds: only where it is used
 
     return nets

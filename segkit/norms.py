@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,6 +23,7 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, ...) -> the same, normalised."""
         if x.device.type == "cpu":
             return _EachAlone.apply(x, self.weight, self.bias, self.eps)
         y = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
@@ -33,6 +32,7 @@ class InstanceNorm(nn.Module):
         return y.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else y
 
     def extra_repr(self) -> str:
+        """What stands in brackets where the network is printed."""
         return f"{len(self.weight)}, eps={self.eps}"
 
 
@@ -66,7 +66,3 @@ class _EachAlone(torch.autograd.Function):
             grads[1].add_(of_weight)
             grads[2].add_(of_bias)
         return (*grads, None)
-
-
-NORMS: Mapping[str, type[nn.Module]] = {"instance": InstanceNorm, "batch": nn.BatchNorm2d}
-"""What NORM chooses among. With the statistics of a batch, what a slice becomes depends on those beside it."""

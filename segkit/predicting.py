@@ -61,7 +61,7 @@ def predict_scans(
     progress: bool = True,
     resume: bool = False,
 ) -> Iterator[Outcome]:
-    """Segment scans one after the other into `folder`/<name>/, in each of `formats` (`exports.FORMATS`).
+    """Segment scans one after the other into `folder`/<name>/, in each of `formats` (`choices.FORMATS`).
 
     A scan's folder appears with all of its files or not at all; memory is that of one scan. A scan that cannot be read
     is an Outcome without files. With `resume` those whose folder is there are left out. Raises SegkitError before the

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from segkit.comparison import ALL
 from segkit.confusion import NOTHING
 from segkit.labels import OFFICIAL
+from segkit.metrics import MEASURES
 from segkit.styles import BLACK, BLUE, GREY, GROUP_STYLES, VERMILION, counted, groups_in, sentence
-from segkit.summaries import HIGHER_IS_BETTER, MEASURES
 
 ROWS = 40  # the most structures below each other
 
@@ -75,7 +75,7 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
     )
     if ranked.empty:
         return sentence(f"{first} and {second}: no structure that both were scored on")
-    left, right = (first, second) if measure in HIGHER_IS_BETTER else (second, first)
+    left, right = (first, second) if MEASURES[measure].higher_is_better else (second, first)
     kinds = np.select([ranked["high"] < 0, ranked["low"] > 0], ["left", "right"], "open")
     looks = {
         "left": (f"{left} better", {"marker": "<", "color": BLUE}),
@@ -99,7 +99,7 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
         Line2D([], [], ls="none", label=f"{label}: {counts[kind]}", **look) for kind, (label, look) in looks.items()
     ]
     _legend(figure, handles, per_row=3 if len(panels) > 1 else 1)
-    what = f"{MEASURES[measure]}, {second} less {first}"
+    what = f"{MEASURES[measure].title}, {second} less {first}"
     title = f"Difference of {what}: {counted(len(ranked), 'structure')} (in brackets: subjects; line: interval)"
     every = [
         f"all structures: {row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})" for row in overall.itertuples()

@@ -15,6 +15,7 @@ from segkit import cases, evaluation, figures, meshes, pages, pictures, rankings
 from segkit.confusion import worst_pairs
 from segkit.dataset import Data
 from segkit.evaluation import Evaluation
+from segkit.metrics import MEASURES
 from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
 from segkit.runs import make_folder, time_stamp, write_csv, write_json
@@ -231,7 +232,7 @@ def means_table(scores: pd.DataFrame) -> pd.DataFrame:
         index=means["over"].unique(), columns=means["measure"].unique()
     )
     numbers = means[means["measure"] == "dice"].set_index("over")[["n", "cases"]]
-    return table.rename(columns=summaries.MEASURES).join(numbers).reset_index()
+    return table.rename(columns={name: measure.title for name, measure in MEASURES.items()}).join(numbers).reset_index()
 
 
 def _records(table: pd.DataFrame) -> list[dict]:

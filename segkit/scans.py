@@ -111,6 +111,8 @@ def find_scans(source: str | Path, series: str | None = None) -> list[ScanSource
 
 def _open_file(path: Path, series: str | None) -> ScanSource:
     if path.name.endswith(ENDINGS):
+        if series is not None:
+            raise SegkitError(f"{path}: SERIES = {series!r} chooses among DICOM series, and this file is none")
         return _volume_source(path)
     if path.name.endswith(".nhdr"):
         raise SegkitError(f"{path}: keeps its voxels in another file; save the scan as one file, .nrrd or .nii.gz")

@@ -5,23 +5,24 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Literal
 
+from segkit.choices import LOSSES, MODELS, NORMS
 from segkit.errors import SegkitError
 
 SCHEDULES = ("poly", "cosine", "plateau", "constant")
-NORM_NAMES = ("instance", "batch")
-"""What they are: `segkit.norms.NORMS`."""
-LOSS_NAMES = ("bce", "bce_dice", "dice", "focal", "textbook")
-"""What they are: `segkit.losses.LOSSES`."""
-MODEL_NAMES = ("unet", "attention_unet", "unet3d")
-"""What they are: `segkit.networks.MODELS`."""
+
+if TYPE_CHECKING:  # for a person who types a name: --help lists those that there are
+    Schedule = Model = Norm = Loss = str
+else:
+    Schedule, Model, Norm, Loss = (Literal[tuple(names)] for names in (SCHEDULES, MODELS, NORMS, LOSSES))
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """How far training slices are varied. Each is the largest change; 0 or False switches it off."""
 
-    rotation_degrees: float = 15.0
+    rotation_degrees: float = 15.0  # to either side
     scale: float = 0.15  # fraction: 0.15 draws a factor between 0.85 and 1.15
     shift: float = 0.05  # fraction of the larger side
     elastic_mm: float = 0.0  # mm, standard deviation of the control points of an elastic deformation
@@ -69,27 +70,27 @@ class TrainSettings:
     epochs: int = 5  # passes over the training slices
     batch_size: int = 8  # slices (unet3d: slabs) a step of the optimiser
     learning_rate: float = 1e-3  # Adam's, at its highest
-    schedule: str = "poly"  # poly: (1 - progress) ** 0.9; cosine; plateau: halved when the validation Dice stands still
-    warmup_steps: int = 0  # over which the learning rate rises to LEARNING_RATE
-    target_shape: tuple[int, int] = (256, 256)  # rows, columns: multiples of 16
-    model: str = "unet"  # unet, attention_unet, unet3d: see networks.MODELS
+    schedule: Schedule = "poly"  # poly: (1 - progress) ** 0.9; plateau: halved when validation Dice stands still
+    warmup_steps: int = 0  # steps over which the learning rate rises to LEARNING_RATE
+    target_shape: tuple[int, int] = (256, 256)  # rows and columns that the network sees: multiples of 16
+    model: Model = "unet"  # the network, see choices.MODELS; all but unet need MONAI
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
-    norm: str = "instance"  # of unet: normalisation of each slice alone, or over the "batch"
+    norm: Norm = "instance"  # of unet: normalisation of each slice alone, or over the "batch"
     patch_slices: int = 16  # unet3d: neighbouring slices that it takes and labels together, a slab
-    loss: str = "bce"  # bce, bce_dice, dice, focal, textbook: see losses.LOSSES
+    loss: Loss = "bce"  # cross-entropy, with Dice, Dice alone, focal; textbook: plain, unweighted (choices.LOSSES)
     positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
     gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
     accumulate: int = 1  # parts in which a batch is computed, one after the other, to save memory
     augmentation: Augmentation = field(default_factory=Augmentation)
     context: int = 0  # neighbouring slices on each side that the network sees too: 1 gives 3 input channels
-    slices_per_epoch: int | None = None  # unet3d: slabs. None: as many slices as there are
+    slices_per_epoch: int | None = None  # slices (unet3d: slabs) drawn for an epoch; None: as many as there are
     balance: float = 1.0  # share of an epoch's slices drawn so that rare structures come as often as common ones
-    validation_slices: int | None = None  # evenly spaced, unet3d: slabs; None: all of them
+    validation_slices: int | None = None  # slices (unet3d: slabs) scored after each epoch; None: all of them
     early_stopping: int | None = None  # epochs without a better validation Dice after which training ends; None: never
-    keep_checkpoints: int | None = 20  # of so many epochs, the newest, and of the best one; None: of every epoch
+    keep_checkpoints: int | None = 20  # how many stay, the newest, beside the best one; None: of every epoch
     init_checkpoint: str | None = None  # start from these weights, channels matched by name
-    seed: int = 0  # of phantoms, choice of subjects, split, order, augmentation and first weights
-    device: str | None = None  # None: the best there is
+    seed: int = 0  # of all that is drawn: phantoms, subjects, split, order, augmentation, first weights
+    device: str | None = None  # cpu, cuda, cuda:1 or mps; None: the best there is
     workers: int = 0  # processes that read slices ahead
 
     def checked(self) -> TrainSettings:
@@ -106,7 +107,7 @@ class TrainSettings:
         if self.accumulate > self.batch_size:
             raise SegkitError(f"ACCUMULATE = {self.accumulate}: more parts than BATCH_SIZE = {self.batch_size} slices")
         for name, known in (
-            ("schedule", SCHEDULES), ("loss", LOSS_NAMES), ("model", MODEL_NAMES), ("norm", NORM_NAMES),
+            ("schedule", SCHEDULES), ("loss", LOSSES), ("model", MODELS), ("norm", NORMS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise SegkitError(f"{name.upper()} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
@@ -129,7 +130,7 @@ class TrainSettings:
     @property
     def depth(self) -> int:
         """How many slices the network labels at a time."""
-        return self.patch_slices if self.model == "unet3d" else 1
+        return self.patch_slices if MODELS[self.model].slabs else 1
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,14 @@ class Segmenting:
 
 
 def _check_model(model: str, features: tuple[int, ...], patch_slices: int, context: int) -> None:
-    step = 2 ** len(features)
-    if model == "attention_unet" and min(features) < 2:
-        raise SegkitError(f"FEATURES = {features}: attention_unet halves them within its gates: give 2 or more")
-    if model != "unet3d":
-        return
-    if context:
-        raise SegkitError(f"CONTEXT = {context}: unet3d sees neighbours in its PATCH_SLICES already: set CONTEXT = 0")
-    if len(features) < 2:
-        raise SegkitError(f"FEATURES = {features}: unet3d has two levels or more")
-    if patch_slices % step:
+    kind, step = MODELS[model], 2 ** len(features)
+    if min(features) < kind.least_channels:
+        raise SegkitError(f"FEATURES = {features}: for {model} give {kind.least_channels} or more for each level")
+    if len(features) < kind.least_levels:
+        raise SegkitError(f"FEATURES = {features}: {model} has {kind.least_levels} levels or more")
+    if kind.slabs and context:
+        raise SegkitError(f"CONTEXT = {context}: {model} sees neighbours in its PATCH_SLICES already: set CONTEXT = 0")
+    if kind.slabs and patch_slices % step:
         raise SegkitError(
             f"PATCH_SLICES = {patch_slices}: FEATURES halve a slab {len(features)} times: give a multiple of {step}"
         )

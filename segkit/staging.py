@@ -48,6 +48,7 @@ class StagedSubject:
 
     @property
     def name(self) -> str:
+        """The subject's name."""
         return self.info["subject"]
 
     @property
@@ -113,7 +114,10 @@ def _file_name(name: str, print_of_sources: str) -> str:
 
 
 def fingerprint(subject: Subject) -> str:
-    """Hash over name, size and modification time of all source files: another one means that the store is stale."""
+    """Hash over name, size and modification time of all source files: another one means that the store is stale.
+
+    Raises SubjectError for a file that cannot be looked at.
+    """
     try:
         lines = [f"{path.name} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in subject.files]
     except OSError as error:

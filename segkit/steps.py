@@ -10,6 +10,7 @@ import torch
 
 from segkit import augment, losses, memory
 from segkit.checkpoints import load_checkpoint
+from segkit.choices import LOSSES
 from segkit.dataset import Data
 from segkit.devices import autocast
 from segkit.errors import DivergedError
@@ -33,7 +34,7 @@ class Learner:
     def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
         self.settings, self.ranks, self.label_map = settings, ranks, data.label_map
         self.partners = mirrored_channels(data.label_map)
-        terms = losses.LOSSES[settings.loss]
+        terms = LOSSES[settings.loss]
         frequencies = losses.structure_frequencies(train_voxels(data), data.label_map)
         weights = losses.positive_weights(frequencies, settings.positive_weight_cap if terms.helped else 1.0)
         self.shape_of_network = network_arguments(settings, len(data.label_map))

@@ -115,7 +115,8 @@ def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
     or holds no subject at all, and for an unreadable `meta.csv` or `dataset.json`.
     """
     if not Path(data_dir).is_dir():
-        raise SegkitError(f"{data_dir}: no such folder; set DATA_DIR to the folder that holds the subjects")
+        what = "is a file" if Path(data_dir).exists() else "no such folder"
+        raise SegkitError(f"{data_dir}: {what}; set DATA_DIR to the folder that holds the subjects")
     data_dir = Path(data_dir).absolute()  # workers may have another working directory
     try:
         return _find(data_dir)
@@ -274,7 +275,7 @@ def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 
     `given`, the split that the data set gives (name -> split), decides where it says; who is not in it trains. Without
     validation subjects a seeded tenth of train (at least one) validates; without test subjects the validation subjects
     are the test. A single subject is cut into slabs of SLAB_SLICES slices, in turn for training and for validation and
-    test.
+    test. Raises SegkitError where no subject is left to train.
     """
     names = sorted(slices)
     if not names:

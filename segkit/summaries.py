@@ -8,7 +8,7 @@ one subject there is nothing to draw, and they are NaN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,23 +16,7 @@ import pandas as pd
 from segkit import metrics
 from segkit.errors import SegkitError
 from segkit.labels import GROUPS, group_of
-
-MEASURES: Mapping[str, str] = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "nsd": "surface Dice",
-    "precision": "precision",
-    "recall": "recall",
-    "hd95_mm": "HD95 (mm)",
-    "hd_mm": "Hausdorff distance (mm)",
-    "assd_mm": "ASSD (mm)",
-    "centroid_distance_mm": "centroid distance (mm)",
-    "volume_error_ml": "volume error (ml)",
-}
-"""Columns of the table of scores that have a mean, and what they are called in figures."""
-
-HIGHER_IS_BETTER = ("dice", "iou", "nsd", "precision", "recall")
-"""Of the other measures a model is better the nearer they are to 0."""
+from segkit.metrics import MEASURES
 
 PROTOCOLS = ("segkit", "totalsegmentator", "nnunet")
 RESAMPLES = 2000

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segkit.choices import NORMS, find
 from segkit.errors import SegkitError
-from segkit.norms import NORMS
 
 
 class DoubleConv(nn.Sequential):
@@ -21,7 +21,7 @@ class DoubleConv(nn.Sequential):
         for inputs in (in_channels, out_channels):
             layers += [
                 nn.Conv2d(inputs, out_channels, 3, padding=1, bias=False),
-                NORMS[norm](out_channels),
+                find(NORMS[norm])(out_channels),
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*layers)
@@ -36,6 +36,7 @@ class Up(nn.Module):
         self.convolve = DoubleConv(2 * out_channels, out_channels, norm)
 
     def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Maps below (B, in_channels, H, W) and a skip (B, out_channels, 2 H, 2 W) -> (B, out_channels, 2 H, 2 W)."""
         # the convolution of both joined, as the sum of two: joined they would be copied, and kept for the gradient
         first, *rest = self.convolve
         of_skip, of_below = first.weight.split(skip.shape[1], 1)
@@ -50,9 +51,8 @@ class UNet2D(nn.Module):
     """Images (B, in_channels, H, W) -> logits (B, out_channels, H, W), one independent channel a structure.
 
     features: channels of the encoder's levels; the bottleneck has twice the last. H and W are multiples of
-    2 ** len(features), 16 for the four levels of the default. norm: a name of NORMS.
-    A sigmoid of a logit is the channel's
-    probability.
+    2 ** len(features), 16 for the four levels of the default. norm: a name in
+    `choices.NORMS`. A sigmoid of a logit is the channel's probability.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class UNet2D(nn.Module):
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits of images (B, in_channels, H, W): (B, out_channels, H, W)."""
         return self.head(self.decode(images))
 
 

@@ -28,7 +28,7 @@ def test_ids_equal_the_published_tables():
         pytest.skip(f"{path} is not at hand")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["structure"] for row in rows] == list(labels.OFFICIAL)
+    assert [row["structure"] for row in rows] == [name for name, known in labels.OFFICIAL.items() if known.ids]
     for row in rows:
         published = {release: int(row[f"id_{release}"]) for release in labels.RELEASES if row[f"id_{release}"]}
         assert labels.OFFICIAL[row["structure"]].ids == published

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit.checkpoints import load_checkpoint
+from segkit.choices import LOSSES
 from segkit.dataset import open_data
-from segkit.losses import LOSSES, ModelWithLoss, positive_weights, structure_frequencies
+from segkit.losses import ModelWithLoss, positive_weights, structure_frequencies
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches

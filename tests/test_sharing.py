@@ -169,9 +169,10 @@ def test_nothing_of_the_machine_or_of_patients_is_shared(tmp_path):
 
 
 def test_every_setting_that_may_name_a_path_was_thought_of():
-    plain = {"schedule", "model", "norm", "loss"}  # checked against a list of words
+    words = {"schedule": "Schedule", "model": "Model", "norm": "Norm", "loss": "Loss"}  # checked against a list
+    assert {f.name: f.type for f in fields(TrainSettings) if f.type in words.values()} == words
     named = {f.name for f in fields(TrainSettings) if "str" in f.type or "Path" in f.type}
-    assert named == plain | {"init_checkpoint", "device"} and named - plain <= set(sharing.OF_THE_MACHINE)
+    assert named == {"init_checkpoint", "device"} and named <= set(sharing.OF_THE_MACHINE)
 
 
 def summary_of(checkpoints, macro_dice=0.5, **others):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from segkit import summaries
 from segkit.errors import SegkitError
 from segkit.labels import group_of
+from segkit.metrics import MEASURES
 
 WORDS = {"+": "found", "-": "missed", "!": "false alarm", "0": "correctly absent"}
 
@@ -16,8 +17,8 @@ def table_of(*cases) -> pd.DataFrame:
     """(subject, structure, sign of WORDS, Dice): NaN where both are empty; all 0..1 measures alike, distances 1 mm."""
     rows = []
     for subject, structure, sign, dice in cases:
-        row = dict.fromkeys(summaries.MEASURES, dice)
-        row |= {measure: 1.0 if sign == "+" else np.nan for measure in summaries.MEASURES if measure.endswith("_mm")}
+        row = dict.fromkeys(MEASURES, dice)
+        row |= {measure: 1.0 if sign == "+" else np.nan for measure in MEASURES if measure.endswith("_mm")}
         rows.append(
             {**row, "subject": subject, "structure": structure, "group": group_of(structure), "present": sign in "+-",
              "detection": WORDS[sign], "reference_ml": 10.0 if sign in "+-" else 0.0}

@@ -13,9 +13,8 @@ from segkit.dataset import open_data
 from segkit.errors import SegkitError
 from segkit.evaluation import evaluate
 from segkit.inference import Predictor
-from segkit.losses import LOSSES
 from segkit.ranks import Ranks
-from segkit.settings import LOSS_NAMES, NO_AUGMENTATION, TrainSettings
+from segkit.settings import NO_AUGMENTATION, TrainSettings
 from segkit.slices import Targets
 from segkit.summaries import summarize
 from segkit.training import train
@@ -163,10 +162,6 @@ def test_the_threshold_is_one_half_where_nothing_was_scored(phantom_data):
     model = ModelWithLoss(UNet2D(1, 1, (2, 2)), torch.ones(1))
     result = validate(model, data, (32, 32), torch.float32, 4, slices=4, progress=False)
     assert result.threshold == 0.5 and np.isnan(result.dice) and result.structures == 0
-
-
-def test_the_names_of_losses_are_those_that_there_are():
-    assert tuple(LOSSES) == LOSS_NAMES
 
 
 def test_textbook_starts_from_default_weights_without_help(phantom_data):

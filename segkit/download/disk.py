@@ -15,6 +15,7 @@ BLOCK = 1 << 18  # bytes read at once
 
 
 def need_space(folder: Path, needed: float, purpose: str) -> None:
+    """Raise SegkitError where the disk of `folder` has fewer than `needed` bytes left for `purpose`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SegkitError(
@@ -24,6 +25,7 @@ def need_space(folder: Path, needed: float, purpose: str) -> None:
 
 
 def progress_bar(title: str, total: int, progress: bool) -> tqdm:
+    """A bar over `total` bytes; silent without `progress`."""
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress)
 
 

@@ -75,7 +75,11 @@ class _Part:
 
 
 def fetch(work: Path, release: Release, state: dict, progress: bool, retries: int, wait: float, timeout: float) -> None:
-    """Fetch what is missing of the archive and give it its name in `work` if it is the release."""
+    """Fetch what is missing of the archive and give it its name in `work` if it is the release.
+
+    Raises SegkitError for too little room, for a server that gives up, and for an archive of another md5, which is
+    deleted.
+    """
     path = work / f"{release.archive}.part"
     with closing(_Part(path, release, state, progress)) as part:
         needed = release.size * (1 + UNPACKED) - part.size

@@ -27,7 +27,8 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL"} | {f"{port}{number}" for port in ("COM",
 def unpack(path: Path, folder: Path, progress: bool) -> list[str]:
     """Unpack what is not there yet, a top-level file or folder at a time; returns the names of the folders.
 
-    Each is written in a hidden folder and renamed when it is complete.
+    Each is written in a hidden folder and renamed when it is complete. Raises SegkitError for what is no zip archive,
+    for one that would write elsewhere or unpack to far more than it says, and for too little room.
     """
     drafts = folder / WORK / "unpacking"
     try:

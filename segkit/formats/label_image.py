@@ -15,6 +15,7 @@ import numpy as np
 
 from segkit.codes import CodeVolume, CodeWriter, smallest_dtype
 from segkit.errors import Findings, SegkitError, SubjectError
+from segkit.formats import LabelSource
 from segkit.formats.nifti import Grid, nifti_files, offset_mm, read_header, read_volume, stem
 from segkit.labels import safe_name
 from segkit.untrusted import read_json
@@ -25,7 +26,7 @@ LARGEST_NUMBER = 1 << 31  # of either sign
 
 
 @dataclass(frozen=True)
-class LabelImage:
+class LabelImage(LabelSource):
     """A file of numbers, and the numbers of each structure; 0 is background.
 
     A structure may have several numbers and a number several structures (nnU-Net's regions). Voxels of `ignored`

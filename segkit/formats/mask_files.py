@@ -13,6 +13,7 @@ import numpy as np
 
 from segkit.codes import CodeVolume, encode_places, places_inside
 from segkit.errors import Findings, SegkitError, SubjectError
+from segkit.formats import LabelSource
 from segkit.formats.gunzip import payload
 from segkit.formats.nifti import Grid, Volume, nifti_files, offset_mm, open_volume, read_file, stem
 from segkit.formats.nifti_writing import file_planes, write_nifti
@@ -22,7 +23,7 @@ NOTHING = np.zeros(0, np.intp)
 
 
 @dataclass(frozen=True)
-class MaskFiles:
+class MaskFiles(LabelSource):
     """Structure -> file, sorted by name. An empty mask was looked for and is not there."""
 
     masks: Mapping[str, Path]

@@ -43,6 +43,7 @@ class Part:
 
     @property
     def bounds(self) -> tuple[Vector, Vector]:
+        """The box about its solids: lowest and highest corner, mm."""
         return around(self.solids)
 
 

@@ -66,6 +66,7 @@ class Grid:
         return tuple(box)
 
     def within(self, box: Box) -> Points:
+        """The points of a box of voxels."""
         return tuple(p[box] for p in self.points)
 
 

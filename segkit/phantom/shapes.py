@@ -21,20 +21,24 @@ UPRIGHT: Rotation = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
 class Shape(Protocol):
-    """A solid with a distance; `bounds` is the box (lowest corner, highest corner) that holds it."""
+    """A solid with a distance."""
 
     @property
-    def bounds(self) -> tuple[Vector, Vector]: ...
+    def bounds(self) -> tuple[Vector, Vector]:
+        """The box that holds it: lowest and highest corner, mm."""
 
-    def distance(self, points: Points) -> np.ndarray: ...
+    def distance(self, points: Points) -> np.ndarray:
+        """How far points are from its surface, mm, negative inside: float32 of the points' shape."""
 
 
 class Solid(Shape, Protocol):
     """A shape that can be put elsewhere, resized and mirrored: what structures are made of."""
 
-    def moved(self, pivot: Vector, offset: Vector, scale: float) -> Solid: ...
+    def moved(self, pivot: Vector, offset: Vector, scale: float) -> Solid:
+        """The same scaled about the pivot, then shifted by the offset, in mm."""
 
-    def mirrored(self) -> Solid: ...
+    def mirrored(self) -> Solid:
+        """The same on the other side of the body."""
 
 
 def _shift(point: Vector, pivot: Vector, offset: Vector, scale: float) -> Vector:
@@ -60,7 +64,7 @@ def _reach(half: Vector, rotation: Rotation) -> Vector:
 
 
 @dataclass(frozen=True)
-class _Centred:
+class _Centred(Solid):
     """What shapes with a centre, half sizes along their own axes and a rotation have in common."""
 
     centre: Vector
@@ -115,7 +119,7 @@ class Slab(_Centred):
 
 
 @dataclass(frozen=True)
-class Capsule:
+class Capsule(Solid):
     """A bar with round ends from `start` to `end`, its radius changing along the way."""
 
     start: Vector
@@ -144,7 +148,7 @@ class Capsule:
 
 
 @dataclass(frozen=True)
-class Loft:
+class Loft(Shape):
     """A stack of ellipses along z: rows of (z, centre y, half width, half depth) in ascending z, centre x 0.
 
     `grow` moves the surface outwards by that many mm (negative: inwards).
@@ -180,7 +184,7 @@ class Loft:
 
 
 @dataclass(frozen=True)
-class HalfSpace:
+class HalfSpace(Shape):
     """Everything on the side of a plane away from its unit normal."""
 
     point: Vector
@@ -196,7 +200,7 @@ class HalfSpace:
 
 
 @dataclass(frozen=True)
-class AnyOf:
+class AnyOf(Shape):
     """The union of shapes."""
 
     shapes: tuple[Shape, ...]

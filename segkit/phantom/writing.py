@@ -40,16 +40,21 @@ def write_phantoms(
     `detail` below 1 divides the voxel sizes (about 3 x 3 x 4.5 mm) by it, for quick tests. `progress(done, subjects)`
     is called after each subject; `jobs` processes work in parallel. Returns the subject folders.
 
-    Raises PhantomError, before anything is written, if `subjects` or `detail` is no use or a subject's folder exists.
+    Raises PhantomError, before anything is written, if a number is no use or a subject's folder exists.
     """
     if subjects < 1 or not 0 < detail <= 1:
         raise PhantomError(f"cannot make {subjects} phantoms at detail {detail}: need 1 or more, detail in (0, 1]")
+    if seed < 0 or jobs < 1:
+        raise PhantomError(f"SEED = {seed}, JOBS = {jobs}: expected a seed of 0 or more, one job or more")
     folder = Path(folder)
     targets = [folder / f"s{number:04d}" for number in range(subjects)]
     for target in targets:
         if target.exists():
             raise PhantomError(f"{target} exists already: phantoms never overwrite a subject, choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PhantomError(f"{folder}: cannot be made a folder ({error.strerror}); choose another one") from error
     work = (delayed(_write_subject)(target, seed, number, detail) for number, target in enumerate(targets))
     for done, _ in enumerate(Parallel(n_jobs=jobs, return_as="generator")(work), 1):
         if progress is not None:
