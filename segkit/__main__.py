@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from segkit.errors import Finding, SegkitError
+from segkit.errors import Finding, SegkitError, printable
 from segkit.settings import NO_AUGMENTATION, Scoring, Segmenting, TrainSettings
 
 OUTPUTS = Path("outputs")
@@ -69,7 +69,7 @@ def audit(data_dir: Positional[Path], output_dir: Path = OUTPUTS, jobs: int = 1)
 
     table = auditing.audit(data_dir, jobs)
     path = auditing.write_audit(table, make_folder(output_dir) / f"audit_{time_stamp()}.csv")
-    print(auditing.as_text(table))
+    print(_said(auditing.as_text(table)))
     print(path)
     if (table["severity"] == "error").any():
         sys.exit(1)
@@ -265,7 +265,7 @@ def predict(
     failed = 0
     for outcome in predict_scans(predictor, sources, out, format, segmenting, resume=resume):
         _report(outcome.findings)
-        print(outcome, *outcome.files, sep="\n", flush=True)
+        print(outcome, *outcome.written, sep="\n", flush=True)
         failed += outcome.scan is None
     if failed:
         raise SegkitError(f"{failed} of {len(sources)} scans could not be read, see above")
@@ -339,6 +339,11 @@ def _report(problems: list[Finding]) -> None:
         print(f"{problem.severity}: {problem}", file=sys.stderr)
 
 
+def _said(text: object) -> str:
+    """A message of several lines for a terminal: names of files in it may hold what moves its cursor."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 def main() -> None:
     """Run a verb; segkit's own errors are printed as one line, with exit code 1."""
     verbs = (phantom, download, audit, stage, train, evaluate, compare, predict, share, demo, check)
@@ -350,7 +355,7 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except SegkitError as error:
-        sys.exit(f"segkit: {error}")
+        sys.exit(f"segkit: {_said(error)}")
 
 
 if __name__ == "__main__":

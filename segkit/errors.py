@@ -41,9 +41,14 @@ def unwritable(path: object, error: OSError, then: str = "what was there before 
     return UnwritableError(f"{path}: {reason} and run it again, {then}")
 
 
+def printable(text: str) -> str:
+    """`text` in one line for a terminal: what would move its cursor, end the line or change colours becomes `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in the files of a subject. As text: its message, which names subject and file."""
+    """One thing found in the files of a subject. As text: its message, `printable`, which names subject and file."""
 
     subject: str
     severity: str  # one of SEVERITIES
@@ -53,7 +58,7 @@ class Finding:
     value: float | None = None  # the number that the message is about, where there is one
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)
 
 
 class Findings(list[Finding]):

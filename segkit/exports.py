@@ -17,7 +17,7 @@ from segkit.inference import Segmentation
 from segkit.labels import check_name, rgb_of
 from segkit.measuring import measure
 from segkit.meshes import Mesh, make_meshes
-from segkit.runs import write_whole, write_whole_folder
+from segkit.runs import write_csv, write_whole, write_whole_folder
 from segkit.scans import Scan, ScanSource
 
 
@@ -68,8 +68,8 @@ def _say_what_is_lost(job: Job) -> None:
     if voxels:
         job.findings.add(
             "info", "overlap lost",
-            f"{job.scan.name}_labels.nii.gz: {voxels} voxels belong to several structures, of which the file holds the "
-            f"likeliest and {labels} others not; the formats masks and slicer hold all",
+            f"{job.scan.name}_labels.nii.gz: in {voxels} voxels structures overlap; this file keeps the likeliest of "
+            f"each and loses {labels} labels; the formats masks and slicer keep all",
             value=labels,
         )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _html(job: Job) -> None:
 
 def _csv(job: Job) -> None:
     table = measure(job.codes, job.scan.hu_volume, job.scan.grid)
-    job.file("_structures.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+    job.file("_structures.csv", lambda path: write_csv(path, table, float_format="%.6g"))
 
 
 _WRITERS: Mapping[str, tuple[Callable[[Job], None], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,8 +34,15 @@ class Outcome:
     findings: Findings
     scan: Scan | None = None
     segmentation: Segmentation | None = None
+    folder: Path | None = None  # where its files are
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+
+    @property
+    def written(self) -> list[str]:
+        """`files` for a person to read: a folder of them is one line, with their number."""
+        counts = Counter(self.folder / file.relative_to(self.folder).parts[0] for file in self.files)
+        return [f"{path} ({number} files)" if path.is_dir() else str(path) for path, number in counts.items()]
 
     def __str__(self) -> str:
         if self.scan is None:
@@ -141,7 +149,7 @@ def _predict(
     )
     stage_done("segmented")
     write_whole_folder(folder, lambda temporary: _write(outcome, temporary, formats))
-    outcome.files = sorted(path for path in folder.rglob("*") if path.is_file())
+    outcome.folder, outcome.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
     stage_done("written")
     return outcome
 

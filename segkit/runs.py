@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from segkit.errors import SegkitError, UnwritableError, unwritable
 from segkit.locks import alone
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUN_FILES = (
     "checkpoint_epoch*.pth",
@@ -223,6 +227,20 @@ def sweep(folder: Path, lock: Path | None = None) -> None:
         for path, _ in left_behind(folder):
             with suppress(OSError):  # what cannot be removed harms nobody
                 discard(path)
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
+    """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
+
+    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
+    """
+    columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
+    safe = table.assign(**columns)
+    return write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, encoding="utf-8", **options))
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def write_json(path: str | Path, content: object) -> Path:

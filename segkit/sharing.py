@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -17,10 +16,13 @@ from segkit.model_card import Provenance, check_licence, model_card, score_secti
 from segkit.runs import make_folder, write_whole_folder
 from segkit.settings import TrainSettings
 from segkit.subjects import Split
+from segkit.untrusted import read_json
 from segkit.weights_file import shared_name
 
 OF_THE_MACHINE = ("init_checkpoint", "device", "workers")
 """Settings that are of the machine, not of the model, and may name its paths: they are not shared."""
+
+_REMEDY = "move it away, or make it again"
 
 SHARED_RECORD = ("versions", "platform", "git", "data", "device", "processes", "threads")
 """What of `record.make_record` is shared."""
@@ -70,14 +72,14 @@ def _write(one: Checkpoint, path: Path, licence: str) -> Path:
 
 def _split_of(run: Path) -> Split | None:
     path = run / "split.json"
-    return Split.from_json(_read_json(path), str(path)) if path.is_file() else None
+    return Split.from_json(read_json(path, _REMEDY), str(path)) if path.is_file() else None
 
 
 def _scores_of(run: Path, checkpoints: Sequence[Checkpoint]) -> str:
     """The scores of the newest summary in the folder of a run that is of these checkpoints; empty without one."""
     trained = max(one.path.stat().st_mtime for one in checkpoints)
     for path in sorted(run.glob("evaluation_summary_*.json"), reverse=True):  # stamps sort by time
-        summary = _read_json(path)
+        summary = read_json(path, _REMEDY)
         stated = summary.get("checkpoints") if isinstance(summary, dict) else None
         fits = isinstance(stated, list) and len(stated) == len(checkpoints) and path.stat().st_mtime >= trained
         if fits and all(_is_of(text, one.path, run) for text, one in zip(stated, checkpoints, strict=True)):
@@ -92,10 +94,3 @@ def _is_of(stated: object, checkpoint: Path, run: Path) -> bool:
         return Path(str(stated)).samefile(checkpoint)
     inside = (run.resolve().name, *checkpoint.relative_to(run).parts)
     return tuple(re.split(r"[\\/]", str(stated))[-len(inside) :]) == inside
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SegkitError(f"{path}: not readable as JSON ({error}); move it away, or make it again") from error

@@ -272,7 +272,11 @@ class _Trainer:
             raise SegkitError(
                 f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
             )
-        self.learner.restore(**state.learner)
+        try:
+            self.learner.restore(**state.learner)
+        except Exception as error:  # torch raises many kinds for what does not fit
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise SegkitError(f"{path}: damaged state of a training ({reason}); set RESUME = False") from error
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
 

@@ -16,6 +16,7 @@ import torch
 
 from segkit.errors import SegkitError, UnwritableError
 from segkit.runs import write_whole
+from segkit.untrusted import check_file
 
 SUFFIX = ".safetensors"
 ENTRY = "segkit"
@@ -69,6 +70,7 @@ def read_weights_file(path: Path) -> dict:
     """The content that `write_weights_file` was given. Raises SegkitError that names a file which is not as written."""
     safetensors = _library()
     try:
+        check_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(ENTRY)
             # a copy: the file may change or go while the network is used

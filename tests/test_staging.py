@@ -192,10 +192,13 @@ def test_small_offsets_other_values_and_clipped_hu_are_accepted_and_noted(two_su
 def test_a_damaged_store_is_named_or_staged_again(two_subjects, tmp_path):
     subjects, _ = find_subjects(two_subjects)
     staged = stage_subject(subjects[0], tmp_path / "store")
-    next(staged.folder.glob("codes-*.b2nd")).write_bytes(b"nonsense")
+    [codes] = staged.folder.glob("codes-*.b2nd")
+    codes.write_bytes(b"nonsense".ljust(codes.stat().st_size))
     again = stage_subject(subjects[0], tmp_path / "store")
     with pytest.raises(SegkitError, match=r"codes-\w+\.b2nd: damaged store"):
         again.labels()
+    codes.write_bytes(b"cut short")
+    assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
     (staged.folder / "subject.json").write_text("{")
     assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 from ..errors import SegkitError, unwritable
 from ..locks import alone
 from ..runs import write_json
+from ..untrusted import read_json
 from .disk import WORK, md5
 from .fetching import fetch
 from .releases import RELEASES, Release
@@ -85,10 +85,11 @@ def _complete(
 
 def _read_state(folder: Path) -> dict:
     try:
-        state = json.loads((folder / WORK / "state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        state = read_json(folder / WORK / "state.json", "remove it")
+    except SegkitError:
         return {}
-    return state if isinstance(state, dict) else {}
+    whole = isinstance(state, dict) and isinstance(state.get("folders", []), list)
+    return state if whole and all(isinstance(name, str) for name in state.get("folders", [])) else {}
 
 
 def _own_state(folder: Path, release: Release) -> dict:
