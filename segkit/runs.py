@@ -158,6 +158,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     try:
         write(temporary)
         temporary.replace(path)
+    except UnwritableError as error:  # `write` writes whole, too
+        raise UnwritableError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise unwritable(path, error) from error
     finally:

@@ -36,8 +36,8 @@ def test_a_run_writes_what_the_readme_names(phantom_data, tmp_path):
     seen = []
     history = train(phantom_data, SMALL, tmp_path, on_epoch=lambda h: seen.append(len(h)), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "last_state.pth", "settings.json",
-        "split.json", "training_history.json",
+        ".lock", ".predictions.lock", "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json",
+        "last_state.pth", "settings.json", "split.json", "training_history.json",
     ]  # fmt: skip
     assert seen == [1, 2] and [row["steps"] for row in history] == [3, 3]
     assert json.loads((tmp_path / "training_history.json").read_text())["epochs"] == history
