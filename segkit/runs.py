@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +148,8 @@ def sweep(folder: Path) -> None:
 def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
     """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
 
-    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
+    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads, and what
+    cannot be printed is a `?`.
     """
     columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
     safe = table.assign(**columns)
@@ -156,7 +157,10 @@ def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
 
 
 def _no_formula(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell)  # a line that ends inside a name would begin another row
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def write_json(path: str | Path, content: object) -> Path:
