@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.errors import SegkitError, printable
+from segkit.errors import SegkitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,21 +147,19 @@ def sweep(folder: Path) -> None:
 
 
 def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
-    """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
+    """Write a table as CSV, UTF-8 with texts in quotes, whole or not at all; `options` of pandas.
 
-    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads, and what
-    cannot be printed is a `?`.
+    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
     """
     columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
     safe = table.assign(**columns)
-    return write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, encoding="utf-8", **options))
+    # in quotes also where pandas sees no need: a carriage return alone would begin another row
+    options = {"index": False, "quoting": csv.QUOTE_NONNUMERIC, "errors": "backslashreplace", **options}
+    return write_whole(path, lambda temporary: safe.to_csv(temporary, encoding="utf-8", **options))
 
 
 def _no_formula(cell: object) -> object:
-    if not isinstance(cell, str):
-        return cell
-    text = printable(cell)  # a line that ends inside a name would begin another row
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def write_json(path: str | Path, content: object) -> Path:
