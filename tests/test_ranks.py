@@ -85,7 +85,8 @@ def test_one_process_writes_all_files(two_processes):
     folder, stage_dir = two_processes
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock", ".predictions.lock", "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json",
-        "last_state.pth", "sample_predictions.png", "settings.json", "split.json", "training_history.json", "training_history.png",
+        "last_state.pth", "sample_predictions.png", "settings.json", "split.json", "training_history.json",
+        "training_history.png",
     ]  # fmt: skip
     assert len(list(stage_dir.glob("*/*/subject.json"))) == 5 and not list(left_behind(folder))
     history = json.loads((folder / "training_history.json").read_text())
