@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ def _read(path: Path, what: str) -> dict:
     return content
 
 
-def _read_torch(path: Path, what: str) -> object:
+def _read_torch(path: Path, what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

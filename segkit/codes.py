@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
 
 from segkit.errors import SegkitError
+
+Order = Literal["C", "F"]
+"""How arrays lie in memory: last axis together, or first, as NIfTI stores them."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def smallest_dtype(codes: int) -> np.dtype:
     return np.dtype(np.uint8 if codes <= 256 else np.uint16 if codes <= 65536 else np.uint32)
 
 
-def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: Order = "C") -> CodeVolume:
     """One CodeVolume of `shape` from (name, mask) pairs, each mask bool or number of that shape; > 0 is inside.
 
     Masks are taken one at a time, so that a generator keeps the memory at one mask. `order` is the memory layout of
@@ -155,7 +159,7 @@ def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], orde
     return encode_places(places(), shape, order)
 
 
-def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: Order = "C") -> CodeVolume:
     """As `encode`, from (name, where the mask is above 0 in a flat volume of memory layout `order`) pairs.
 
     Raises SegkitError for a name that comes twice.
@@ -190,7 +194,7 @@ def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ..
     return writer.finish(flat.reshape(shape, order=order), np.array(voxels))
 
 
-def places_inside(mask: np.ndarray, order: str = "C") -> np.ndarray:
+def places_inside(mask: np.ndarray, order: Order = "C") -> np.ndarray:
     """Where a mask is above 0, rising: places in its flat memory of layout `order` ("F": NIfTI's), int64 (n,)."""
     flat = mask.ravel(order=order)
     if flat.dtype not in (np.uint8, np.bool_):

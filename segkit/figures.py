@@ -170,7 +170,7 @@ def plot_volume(scores: pd.DataFrame, split: str) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"Dice over volume, {counted(len(held), 'case')}, {split} split", fontsize=10)
     legend = axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    for handle in legend.legend_handles:
+    for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
     axes.grid(alpha=0.3)
     return figure

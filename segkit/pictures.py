@@ -96,8 +96,8 @@ def difference(reference: CodeVolume, prediction: CodeVolume) -> np.ndarray:
     ref, pred = (
         volume.codebook[:, [volume.structures.index(name) for name in names]] for volume in (reference, prediction)
     )
-    same = (ref[:, None] == pred[None]).all(2)
-    kinds = np.where(same, 1, np.where(pred.any(1)[None], np.where(ref.any(1)[:, None], 4, 3), 2))
+    same = np.all(ref[:, None] == pred[None], axis=2)
+    kinds: np.ndarray = np.where(same, 1, np.where(np.any(pred, 1)[None], np.where(np.any(ref, 1)[:, None], 4, 3), 2))
     kinds[np.ix_(~ref.any(1), ~pred.any(1))] = 0
     return kinds[reference.codes, prediction.codes]
 

@@ -35,7 +35,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
 
     def __str__(self) -> str:
-        if self.scan is None:
+        if self.segmentation is None:
             return f"{self.source.name}: not segmented"
         voxels = self.segmentation.codes.voxels()
         stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
@@ -97,6 +97,7 @@ def _predict(
 
 
 def _write(outcome: Outcome, folder: Path, formats: Sequence[str]) -> None:
+    assert outcome.scan is not None and outcome.segmentation is not None
     exports.write(formats, outcome.scan, outcome.segmentation, folder, outcome.findings)
     if outcome.segmentation.uncertainty is not None:
         _write_uncertainty(folder, outcome.scan, outcome.segmentation.uncertainty)
@@ -109,11 +110,16 @@ def _write_uncertainty(folder: Path, scan: Scan, bits: np.ndarray) -> None:
 
 
 def picture(outcome: Outcome, slices: int = 4) -> Figure:
-    """Some slices of a scan with what was found in them, and where the model is unsure if that was kept."""
+    """Some slices of a scan with what was found in them, and where the model is unsure if that was kept.
+
+    Raises SegkitError for a scan that was not segmented.
+    """
     scan, found = outcome.scan, outcome.segmentation
+    if scan is None or found is None:
+        raise SegkitError(f"{outcome}; {'; '.join(map(str, outcome.findings.errors))}")
     chosen = spread_slices(found.codes, Part(scan.name), slices)
     samples = [
         (f"{scan.name}, slice {z}", scan.hu(z), found.codes.with_codes(found.codes.codes[z]), scan.spacing_mm[1:])
         for z in chosen
     ]
-    return plot_slices(samples, () if found.uncertainty is None else found.uncertainty[chosen])
+    return plot_slices(samples, () if found.uncertainty is None else list(found.uncertainty[chosen]))

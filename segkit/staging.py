@@ -170,7 +170,9 @@ def stage_subject(subject: Subject, stage_dir: Path) -> StagedSubject:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _load(target)
+    staged = _load(target)
+    assert staged is not None
+    return staged
 
 
 def _load(folder: Path) -> StagedSubject | None:
@@ -185,6 +187,7 @@ def _write_store(subject: Subject, folder: Path) -> dict:
     findings = Findings(subject.name)
     read = read_ct(subject, findings)
     refuse(findings)
+    assert read is not None  # else there was an error among the findings
     hu, grid = read
     hu = grid.to_canonical(hu)
     shape = hu.shape

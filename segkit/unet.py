@@ -39,6 +39,7 @@ class Up(nn.Module):
         """Maps below (B, in_channels, H, W) and a skip (B, out_channels, 2 H, 2 W) -> (B, out_channels, 2 H, 2 W)."""
         # the convolution of both joined, as the sum of two: joined they would be copied, and kept for the gradient
         first, *rest = self.convolve
+        assert isinstance(first, nn.Conv2d)
         of_skip, of_below = first.weight.split(skip.shape[1], 1)
         x = F.conv2d(skip, of_skip, padding=1)
         x += F.conv2d(self.enlarge(below), of_below, padding=1)

@@ -92,7 +92,7 @@ def test_a_scans_folder_is_whole_or_not_there(predictor, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pandas.DataFrame.to_csv", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         list(predicting.predict_scans(predictor, find_scans(path), tmp_path / "out", ("nifti", "csv"), progress=False))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -11,8 +11,9 @@ from errno import errorcode
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import SegkitError
-from ..runs import write_json
+from segkit.errors import SegkitError
+from segkit.runs import write_json
+
 from .disk import WORK, md5
 from .fetching import fetch
 from .releases import RELEASES, Release
@@ -21,7 +22,7 @@ from .unpacking import unpack
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
     import msvcrt
 
 
@@ -63,7 +64,7 @@ def download(
                 _complete(folder, release, keep_archive, progress, (retries, wait, timeout))
         _clean(folder / WORK)
     except OSError as error:  # of files; those of the network became SegkitError where they happened
-        full = errorcode.get(error.errno) in ("ENOSPC", "EDQUOT")
+        full = errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
         reason = "the disk is full; make room" if full else f"{error.strerror or error}; put that right"
         raise SegkitError(
             f"{error.filename or folder}: {reason} and run it again, it goes on where it stopped"
@@ -144,7 +145,7 @@ def _locked(folder: Path) -> Iterator[None]:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         except (BlockingIOError, PermissionError) as error:
             raise SegkitError(f"{folder}: another process is downloading into it; wait until it ends") from error
         except OSError as error:  # some network file systems, where large data sets live, have no locks

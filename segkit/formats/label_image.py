@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -165,7 +166,7 @@ def read_names(path: Path) -> dict[str, tuple[int, ...]]:
     return numbers_of(table.items(), str(path))
 
 
-def numbers_of(table: Iterable[tuple[str, object]], source: str) -> dict[str, tuple[int, ...]]:
+def numbers_of(table: Iterable[tuple[str, Any]], source: str) -> dict[str, tuple[int, ...]]:
     """Structure -> numbers, sorted by name, without background, with names that can be used.
 
     Spaces and other characters that a file name should not hold become `_`. Raises SegkitError that names `source` for

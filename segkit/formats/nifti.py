@@ -50,7 +50,8 @@ class Grid:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size in mm on the canonical axes (z, y, x)."""
         affine = self.canonical_affine
-        return tuple(float(size) for size in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
+        x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0)).tolist()
+        return z, y, x
 
     @property
     def canonical_affine(self) -> np.ndarray:
