@@ -3,16 +3,19 @@
 The files in the order in which data walk through them; each imports only from those above it:
 
     errors.py        what is raised, and what is reported, when something from outside is not as it should be
+    untrusted.py     files from outside: regular ones alone, JSON with limits
     labels.py        structures <-> channels, groups, colours, left/right partners
     codes.py         masks <-> one code volume with its codebook, lossless
+    locks.py         one process at a time
+    runs.py          where a run's files go; files that are whole or not there
     formats/         files of others, in and out: NIfTI, NRRD, DICOM, labels, meshes
     phantom/         synthetic CT subjects with all 117 structures, in the dataset layout
-    runs.py          where a run's files go; files that are whole or not there
     download/        the public data set, resumable and checked
     subjects.py      find, choose and split the subjects of a data set
     reading.py       a subject's files -> HU and label codes, checked
     scans.py         a scan of anybody's, without labels: NIfTI, NRRD or DICOM
     audit.py         what is wrong with a data set
+    stores.py        volumes on disk, read a slice at a time, with checksums
     staging.py       subject folder -> staged store, a compressed block a slice
     dataset.py       a data folder made ready in one call
     choices.py       what is chosen by name: networks, losses, formats of results
@@ -31,6 +34,7 @@ The files in the order in which data walk through them; each imports only from t
     metrics.py       counts -> Dice, IoU, success rate, detection
     surface.py       surface distances in mm: HD95, ASSD, surface Dice
     confusion.py     which structure's voxels were called what
+    torch_file.py    files of torch, read as data alone
     weights_file.py  weights and JSON in one safetensors file, for others
     checkpoints.py   save and load, safely
     validation.py    scores during training, and the threshold

@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from segkit.choices import FORMATS
-from segkit.errors import Finding, SegkitError
+from segkit.errors import Finding, SegkitError, printable
 from segkit.settings import NO_AUGMENTATION, Scoring, Segmenting, TrainSettings
 
 OUTPUTS = Path("outputs")
@@ -84,7 +84,7 @@ def audit(data_dir: DataDir, output_dir: Path = OUTPUTS, jobs: int = 1) -> None:
 
     table = auditing.audit(data_dir, jobs)
     path = auditing.write_audit(table, make_folder(output_dir) / f"audit_{time_stamp()}.csv")
-    print(auditing.as_text(table))
+    print(_said(auditing.as_text(table)))
     print(path)
     if (table["severity"] == "error").any():
         sys.exit(1)
@@ -279,7 +279,7 @@ def predict(
     failed = 0
     for outcome in predict_scans(predictor, sources, out, format, segmenting, resume=resume):
         _report(outcome.findings)
-        print(outcome, *outcome.files, sep="\n", flush=True)
+        print(outcome, *outcome.written, sep="\n", flush=True)
         failed += outcome.scan is None
     if failed:
         raise SegkitError(f"{failed} of {len(sources)} scans could not be read, see above")
@@ -354,7 +354,12 @@ def _report(problems: list[Finding]) -> None:
 
 
 def _say_on_one_line(message: Warning | str, *_: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
+
+
+def _said(text: object) -> str:
+    """A message of several lines for a terminal: names of files in it may hold what moves its cursor."""
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 def main() -> None:
@@ -371,7 +376,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read along, like head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SegkitError, OSError) as error:
-        sys.exit(f"segkit: {error}")
+        sys.exit(f"segkit: {_said(error)}")
     except KeyboardInterrupt:
         print("segkit: interrupted", file=sys.stderr)
         sys.exit(130)  # what a shell expects

@@ -28,7 +28,7 @@ from segkit.formats.mask_files import MaskFiles
 from segkit.formats.nifti import Grid
 from segkit.labels import partner_of
 from segkit.reading import read_ct, read_labels
-from segkit.runs import write_whole
+from segkit.runs import write_csv
 from segkit.subjects import Subject, find_subjects
 
 AIR_HU = -920  # a block of air around the patient is below (the middle between its extremes), one of lungs above
@@ -111,17 +111,8 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def write_audit(table: pd.DataFrame, path: str | Path) -> Path:
-    """Write the table of `audit` as CSV (UTF-8, texts quoted), whole or not at all, and return its path.
-
-    Names from the disk end up in it: where a spreadsheet would take a cell for a formula, an apostrophe leads.
-    """
-    safe = table.assign(**{column: [_no_formula(text) for text in table[column]] for column in Row._fields[:-1]})
-    options = {"index": False, "quoting": csv.QUOTE_NONNUMERIC, "encoding": "utf-8"}
-    return write_whole(path, lambda temporary: safe.to_csv(temporary, **options))
-
-
-def _no_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+    """Write the table of `audit` as CSV (`runs.write_csv`, texts quoted) and return its path."""
+    return write_csv(path, table, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def _row_of(finding: Finding) -> Row:

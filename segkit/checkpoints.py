@@ -6,8 +6,7 @@ Both hold the same and are read alike.
 
 from __future__ import annotations
 
-import json
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,12 +20,18 @@ from segkit.labels import check_label_map
 from segkit.networks import build_network
 from segkit.runs import member_folders, write_whole
 from segkit.settings import check_target_shape
+from segkit.torch_file import read_torch_file, tensors_in
+from segkit.untrusted import read_json
 from segkit.weights_file import SUFFIX, read_weights_file, shared_files, write_weights_file
 
 FORMAT = 2
 UNSCORED = -1.0  # in the place of a Dice, below every Dice
 _FIELDS = {
     "epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "record": dict, "weights": dict,
+}  # fmt: skip
+_STATE_TYPES = {
+    "settings": dict, "label_map": dict, "split": dict, "history": list, "slices": int, "place": int, "seen": list,
+    "seconds": int | float, "thresholds": list, "learner": dict,
 }  # fmt: skip
 
 
@@ -102,28 +107,29 @@ def save_checkpoint(
     }
     if path.suffix == SUFFIX:
         return write_weights_file(path, content)
-    return write_whole(path, lambda temporary: torch.save(content, temporary))
+    return write_whole(path, lambda temporary: _save_torch(content, temporary))
+
+
+def _save_torch(content: dict, path: Path) -> None:
+    """Write with torch; OSError where there is no room, which torch alone tells as a failed check of its own."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _read(path: Path, what: str) -> dict:
     """The content of a file that segkit wrote, data alone. SegkitError that names it for anything else."""
-    content = read_weights_file(path) if path.suffix == SUFFIX else _read_torch(path, what)
+    content = read_weights_file(path) if path.suffix == SUFFIX else read_torch_file(path, what)
     stated = content.get("format") if isinstance(content, dict) else None
     if type(stated) is not int or stated != FORMAT:
         raise SegkitError(
             f"{path}: no {what} of this segkit: expected format {FORMAT}, found {str(stated)[:40]}; train again"
         )
     return content
-
-
-def _read_torch(path: Path, what: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise SegkitError(f"{path}: no such {what}; train first, or give the path of one") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise SegkitError(f"{path}: no readable {what} ({reason})") from error
 
 
 def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None) -> Checkpoint:
@@ -178,7 +184,7 @@ def save_state(path: Path, state: TrainingState) -> Path:
     """Write a state, whole or not at all: the one before it stays until then. SegkitError as in `save_checkpoint`."""
     _refuse_not_finite(path, state.learner["model"])
     content = {"format": FORMAT, **{f.name: getattr(state, f.name) for f in fields(state)}}
-    return write_whole(path, lambda temporary: torch.save(content, temporary))
+    return write_whole(path, lambda temporary: _save_torch(content, temporary))
 
 
 def load_state(path: Path) -> TrainingState:
@@ -188,13 +194,38 @@ def load_state(path: Path) -> TrainingState:
         state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
     except KeyError as error:
         raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
-    parts_of_learner = set(state.learner) if isinstance(state.learner, dict) else set()
-    whole = parts_of_learner == {"model", "optimizer", "scaler", "parts"}
-    if not isinstance(state.history, list) or not isinstance(state.place, int) or not whole:
-        raise SegkitError(f"{path}: damaged state of a training; set RESUME = False")
-    if _not_finite(state.learner["model"]):
-        raise SegkitError(f"{path}: damaged state of a training: weights that are not finite; set RESUME = False")
+    wrong = _wrong_in_state(state)
+    if wrong:
+        raise SegkitError(f"{path}: damaged state of a training: {wrong}; set RESUME = False")
     return state
+
+
+def _wrong_in_state(state: TrainingState) -> str | None:
+    """What in a state from a file cannot be; None where all can. What fits only some network is left to `restore`."""
+    for name, kind in _STATE_TYPES.items():
+        if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
+            return f"{name} is {type(getattr(state, name)).__name__}"
+    if state.slices < 0 or state.place < 0 or not 0 <= state.seconds < math.inf:
+        return "a number below 0, or without end"
+    if not all(isinstance(value, float) and math.isfinite(value) for value in (*state.seen, *state.thresholds)):
+        return "a loss or a threshold that is no number"
+    for number, row in enumerate(state.history, start=1):
+        if not isinstance(row, dict) or row.get("epoch") != number or not _is_score(row.get("val_dice", "")):
+            return "a history that is none"
+    if state.learner.keys() != {"model", "optimizer", "scaler", "parts"}:
+        return "parts of the network or the optimiser are missing"
+    if type(state.learner["parts"]) is not int or not isinstance(state.learner["model"], dict):
+        return "weights that are none"
+    if not all(isinstance(tensor, torch.Tensor) for tensor in state.learner["model"].values()):
+        return "weights that are none"
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_in(state.learner))
+    return None if finite else "weights that are not finite"
+
+
+def _is_score(value: Any) -> bool:
+    """Whether it is a Dice as a history holds it, None where nothing was scored."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and UNSCORED <= value <= 1)
 
 
 def _not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -283,13 +314,16 @@ def _is_scored(folder: Path) -> bool:
 
 def _best(folder: Path) -> tuple[float, Path]:
     """The highest validation Dice of a training, and its checkpoint."""
+    path = folder / "training_history.json"
+    if not path.exists():
+        raise SegkitError(f"{folder}: no training_history.json: train first, or set CHECKPOINT to a file")
+    history = read_json(path, "not a training history: set CHECKPOINT to a file, or train again")
     try:
-        history = json.loads((folder / "training_history.json").read_text(encoding="utf-8"))
         epochs = [(UNSCORED if row["val_dice"] is None else row["val_dice"], row["epoch"]) for row in history["epochs"]]
-    except FileNotFoundError as error:
-        raise SegkitError(f"{folder}: no training_history.json: train first, or set CHECKPOINT to a file") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SegkitError(f"{folder / 'training_history.json'}: not a training history ({error!r})") from error
+        if not all(type(epoch) is int and _is_score(score) for score, epoch in epochs):
+            raise TypeError("an epoch or a Dice that is no number")
+    except (KeyError, TypeError) as error:
+        raise SegkitError(f"{path}: not a training history ({error!r})") from error
     there = [(score, epoch) for score, epoch in epochs if (folder / f"checkpoint_epoch{epoch}.pth").is_file()]
     if not there:
         raise SegkitError(f"{folder}: no checkpoint of an epoch in training_history.json; train first")

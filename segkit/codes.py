@@ -15,6 +15,10 @@ import numpy as np
 from scipy import ndimage
 
 from segkit.errors import SegkitError
+from segkit.labels import check_name
+
+MOST_IN_CODEBOOK = 1 << 28
+"""Codes times structures: beyond, a file is damaged. 117 structures of a body have some hundred codes."""
 
 Order = Literal["C", "F"]
 """How arrays lie in memory: last axis together, or first, as NIfTI stores them."""
@@ -216,15 +220,27 @@ def codebook_to_json(volume: CodeVolume) -> dict:
 def codebook_from_json(content: Mapping, codes: np.ndarray, source: str) -> CodeVolume:
     """The reverse of `codebook_to_json`, for codes of any shape.
 
-    Raises SegkitError that names `source` for content that does not fit.
+    The names are safe (`segkit.labels.check_name`), and every one of `codes` is in the codebook. Raises SegkitError
+    that names `source` for content that does not fit.
     """
     try:
-        structures = tuple(str(name) for name in content["structures"])
-        codebook = np.zeros((len(content["codebook"]), len(structures)), bool)
-        for row, members in zip(codebook, content["codebook"], strict=True):
-            row[members] = True
-    except (KeyError, TypeError, IndexError) as error:
+        structures, members = content["structures"], content["codebook"]
+        if not isinstance(structures, list) or not isinstance(members, list) or not members or members[0] != []:
+            raise TypeError("expected a list of structures and a list of codes, of which the first is background")
+        if len(set(map(check_name, structures))) < len(structures):
+            raise ValueError("a structure comes twice")
+        if len(structures) * len(members) > MOST_IN_CODEBOOK:
+            raise ValueError(f"{len(members)} codes of {len(structures)} structures")
+        codebook = np.zeros((len(members), len(structures)), bool)
+        for row, columns in zip(codebook, members, strict=True):
+            fits = all(type(column) is int and 0 <= column < len(structures) for column in columns)
+            if not isinstance(columns, list) or not fits:
+                raise ValueError(f"{str(columns)[:60]} are no columns of {len(structures)} structures")
+            row[columns] = True
+        if codes.size and codes.max() >= len(codebook):
+            raise ValueError(f"{len(codebook)} codes, but a voxel has {codes.max()}")
+    except (KeyError, TypeError, ValueError) as error:
         raise SegkitError(
             f"{source}: no usable codebook ({error!r}); delete the folder to have it made again"
         ) from error
-    return CodeVolume(codes, codebook, structures)
+    return CodeVolume(codes, codebook, tuple(structures))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from segkit.errors import SegkitError
 from segkit.labels import group_of
-from segkit.summaries import interval, over_structures, structure_means, values_of
+from segkit.summaries import MEASURES, interval, over_structures, structure_means, values_of
 
 ALL = "all structures"
 
@@ -22,10 +22,13 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
     second (means of the first and of this model), difference (second less first), low, high (bootstrap 95 % over
     subjects, both models on the same draws), n (subjects; of all structures: structures). What counts are cases that
     the reference holds and that both models have a value for; others are left out with a warning that says how many.
-    Raises SegkitError for fewer than two tables, for tables without a common case, or of different references.
+    Raises SegkitError for fewer than two tables, for another measure, for tables without a common case, or of different
+    references.
     """
     if len(tables) < 2:
         raise SegkitError(f"expected two or more tables of scores to compare, found {len(tables)}")
+    if measure not in MEASURES:
+        raise SegkitError(f"no measure {measure!r}: choose among {', '.join(MEASURES)}")
     (first_name, first), *others = tables.items()
     rows = [_differences(first_name, first, name, table, measure) for name, table in others]
     return pd.concat(rows, ignore_index=True)

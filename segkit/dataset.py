@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +12,12 @@ from tqdm.auto import tqdm
 
 from segkit.errors import Finding, SegkitError, SubjectError
 from segkit.labels import group_of, load_label_map, make_label_map
+from segkit.locks import alone
 from segkit.phantom import write_phantoms
-from segkit.runs import make_folder
+from segkit.runs import discard, left_behind, make_folder, write_whole_folder
 from segkit.staging import StagedSubject, stage, structures_in
 from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, select_subjects
+from segkit.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,19 @@ def phantoms_in(
     folder = Path(output_dir) / f"phantoms_{subjects}_seed{seed}{'' if detail == 1 else f'_detail{detail:g}'}"
     if folder.is_dir():
         return folder
-    draft = make_folder(folder.parent) / f".{folder.name}"
-    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
-    with tqdm(total=subjects, desc="phantoms", unit="subject", disable=not progress) as bar:
-        write_phantoms(draft, subjects, seed, detail=detail, progress=lambda *_: bar.update(), jobs=jobs)
-    draft.rename(folder)
+    taken = f"{folder.parent}: another process makes these phantoms, waiting until it is done"
+    with alone(make_folder(folder.parent) / f".{folder.name}.lock", taken, wait=True):
+        for path, name in left_behind(folder.parent):
+            if name == folder.name:
+                discard(path)
+        if not folder.is_dir():
+            with tqdm(total=subjects, desc="phantoms", unit="subject", disable=not progress) as bar:
+                write_whole_folder(
+                    folder,
+                    lambda draft: write_phantoms(
+                        draft, subjects, seed, detail=detail, progress=lambda *_: bar.update(), jobs=jobs
+                    ),
+                )
     return folder
 
 
@@ -139,6 +147,19 @@ def open_data(
     return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out)
 
 
+def _read_split(path: Path) -> tuple[Path, dict[str, int], Split]:
+    """Where a run's data lay, the size of each CT, and its split, from `split.json`."""
+    content = read_json(path, "train again")
+    split = Split.from_json(content, str(path))
+    try:
+        data_dir, sizes = Path(content["data_dir"]), {**content["ct_bytes"]}
+    except (KeyError, TypeError) as error:
+        raise SegkitError(f"{path}: damaged ({error!r}); train again") from error
+    if not split.test:
+        raise SegkitError(f"{path}: names no test subject; train again")
+    return data_dir, sizes, split
+
+
 def open_run(
     output_dir: str | Path,
     stage_dir: str | Path,
@@ -154,18 +175,14 @@ def open_run(
     or its data are gone.
     """
     output_dir = Path(output_dir)
-    try:
-        label_map = load_label_map(output_dir / "label_map.json")
-        content = json.loads((output_dir / "split.json").read_text(encoding="utf-8"))
-        split = Split.from_json(content, str(output_dir / "split.json"))
-        trained_on, known = Path(content["data_dir"]), dict(content["ct_bytes"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SegkitError(
-            f"{error.filename} is missing: no training run there; train first (train_unet.ipynb, or segkit train), or "
-            "give the OUTPUT_DIR of a training"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SegkitError(f"{output_dir / 'split.json'}: damaged ({error}); train again") from error
+    for path in (output_dir / "label_map.json", output_dir / "split.json"):
+        if not path.exists():
+            raise SegkitError(
+                f"{path} is missing: no training run there; train first (train_unet.ipynb, or segkit train), or give "
+                "the OUTPUT_DIR of a training"
+            )
+    label_map = load_label_map(output_dir / "label_map.json")
+    trained_on, known, split = _read_split(output_dir / "split.json")
     if max_subjects is not None and max_subjects < 1:
         raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
     folder = trained_on if data_dir is None else Path(data_dir)

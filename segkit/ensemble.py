@@ -9,9 +9,9 @@ from pathlib import Path
 from segkit.dataset import Data
 from segkit.errors import SegkitError
 from segkit.ranks import Ranks, join_ranks
-from segkit.runs import member_folder, member_folders, write_json
+from segkit.runs import is_half_moved, member_folder, member_folders, write_json
 from segkit.settings import TrainSettings
-from segkit.training import STATE_FILE, History, begin_folder, train
+from segkit.training import STATE_FILE, History, begin_folder, no_other_training, train
 
 Watch = Callable[[Path], Callable[[History], object]]
 """Given the folder of a training, what is called with its history after each epoch."""
@@ -40,7 +40,7 @@ def train_members(
         raise SegkitError(f"MEMBERS = {members!r}: expected a whole number of 1 or more")
     settings, output_dir = settings.checked(), Path(output_dir)
     ranks = ranks or join_ranks(settings.device)
-    there = len(member_folders(output_dir)) if resume else 0
+    there = len(member_folders(output_dir)) if resume and not is_half_moved(output_dir) else 0
     if there > members or (there and members == 1):
         raise SegkitError(
             f"{output_dir}: holds {there} members, MEMBERS = {members}: give as many or more, and 2 at least, or set "
@@ -53,18 +53,19 @@ def train_members(
             f"{output_dir}: holds the training of one network, MEMBERS = {members}: set MEMBERS = 1, or RESUME = False"
         )
     ranks.wait()  # all have looked for members before the first one may make new ones
-    if not there and ranks.first:
-        _start(data, settings, output_dir)
-    ranks.wait()
     histories = []
-    for number in range(1, members + 1):
-        if progress and ranks.first:
-            print(f"member {number} of {members}, seed {settings.seed + number - 1}", flush=True)
-        folder = member_folder(output_dir, number)
-        own = replace(settings, seed=settings.seed + number - 1)
-        histories.append(train(data, own, folder, _watching(watch, folder), progress, resume, ranks))
-        if histories[-1].interrupted:
-            break
+    with no_other_training(output_dir, ranks):
+        if not there and ranks.first:
+            _start(data, settings, output_dir)
+        ranks.wait()
+        for number in range(1, members + 1):
+            if progress and ranks.first:
+                print(f"member {number} of {members}, seed {settings.seed + number - 1}", flush=True)
+            folder = member_folder(output_dir, number)
+            own = replace(settings, seed=settings.seed + number - 1)
+            histories.append(train(data, own, folder, _watching(watch, folder), progress, resume, ranks))
+            if histories[-1].interrupted:
+                break
     return histories
 
 

@@ -18,7 +18,7 @@ from segkit.inference import Segmentation
 from segkit.labels import check_name, rgb_of
 from segkit.measuring import measure
 from segkit.meshes import Mesh, make_meshes
-from segkit.runs import write_whole, write_whole_folder
+from segkit.runs import write_csv, write_whole, write_whole_folder
 from segkit.scans import Scan, ScanSource
 
 
@@ -73,8 +73,8 @@ def _say_what_is_lost(job: Job) -> None:
     if voxels:
         job.findings.add(
             "info", "overlap lost",
-            f"{job.scan.name}_labels.nii.gz: {voxels} voxels belong to several structures, of which the file holds the "
-            f"likeliest and {labels} others not; the formats masks and slicer hold all",
+            f"{job.scan.name}_labels.nii.gz: in {voxels} voxels structures overlap; this file keeps the likeliest of "
+            f"each and loses {labels} labels; the formats masks and slicer keep all",
             value=labels,
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def as_html(job: Job) -> None:
 def as_csv(job: Job) -> None:
     """`<scan>_structures.csv`, the table of `measuring.measure`."""
     table = measure(job.codes, job.scan.hu_volume, job.scan.grid)
-    job.file("_structures.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+    job.file("_structures.csv", lambda path: write_csv(path, table, float_format="%.6g"))
 
 
 def check_formats(formats: Sequence[str], sources: Sequence[ScanSource] = ()) -> None:

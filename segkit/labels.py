@@ -10,16 +10,17 @@ from __future__ import annotations
 import colorsys
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from segkit.errors import SegkitError
+from segkit.untrusted import read_json
 
 RELEASES = ("v1", "v2", "v3")
 
+MOST_NAME_BYTES = 200  # file systems take 255, and endings, numbers of processes and stamps come to a name
 _SAFE_NAME = re.compile(r"[^\W_][\w.+-]{0,99}")
 _SIDES = {"left": "right", "right": "left"}
 
@@ -96,13 +97,14 @@ def partner_of(name: str) -> str | None:
 def check_name(name: str) -> str:
     """Return a structure or subject name that is safe as a file name, or raise SegkitError.
 
-    Letters, digits and `_ . + -`, not starting with a sign, at most 100 characters: it cannot leave a folder, start
-    a spreadsheet formula or carry markup.
+    Letters, digits and `_ . + -`, not starting with a sign, at most 100 characters and MOST_NAME_BYTES as UTF-8: it
+    cannot leave a folder, start a spreadsheet formula or carry markup.
     """
-    if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
+    fits = isinstance(name, str) and _SAFE_NAME.fullmatch(name) and len(name.encode()) <= MOST_NAME_BYTES
+    if not fits:
         raise SegkitError(
             f"{str(name)[:120]!r} cannot be used as a name: use letters, digits and '_ . + -', starting with a letter "
-            "or digit, at most 100 characters"
+            f"or digit, at most 100 characters ({MOST_NAME_BYTES} bytes)"
         )
     return name
 
@@ -152,12 +154,8 @@ def check_label_map(label_map: object, source: str) -> dict[str, int]:
 
 
 def load_label_map(path: str | Path) -> dict[str, int]:
-    """Read a `label_map.json`. Raises SegkitError if it is no label map, FileNotFoundError if it is not there."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SegkitError(f"{path}: not readable as JSON ({error}); train again to have it rewritten") from error
-    return check_label_map(content, str(path))
+    """Read a `label_map.json`. Raises SegkitError that names it if it is no label map or not there."""
+    return check_label_map(read_json(Path(path), "train again to have it written"), str(path))
 
 
 def mirrored_channels(label_map: Mapping[str, int]) -> list[int | None]:

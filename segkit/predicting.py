@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from segkit import exports
 from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.nifti_writing import file_planes, write_nifti
 from segkit.inference import Predictor, Segmentation
+from segkit.locks import alone
 from segkit.pictures import plot_slices, spread_slices
-from segkit.runs import make_folder, write_whole_folder
+from segkit.runs import discard, left_behind, make_folder, write_whole_folder
 from segkit.scans import Scan, ScanSource, read_scan
 from segkit.settings import Segmenting
 from segkit.subjects import Part
@@ -31,8 +34,16 @@ class Outcome:
     findings: Findings
     scan: Scan | None = None
     segmentation: Segmentation | None = None
+    folder: Path | None = None  # where its files are
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+
+    @property
+    def written(self) -> list[str]:
+        """`files` for a person to read: a folder of them is one line, with their number."""
+        home = self.folder or Path()
+        counts = Counter(home / file.relative_to(home).parts[0] for file in self.files)
+        return [f"{path} ({number} files)" if path.is_dir() else str(path) for path, number in counts.items()]
 
     def __str__(self) -> str:
         if self.segmentation is None:
@@ -55,19 +66,67 @@ def predict_scans(
 
     A scan's folder appears with all of its files or not at all; memory is that of one scan. A scan that cannot be read
     is an Outcome without files. With `resume` those whose folder is there are left out. Raises SegkitError before the
-    first scan for a format that there is not or that a scan cannot have, and where a scan's folder holds files.
+    first scan for a format that there is not or that a scan cannot have, and where a scan's folder holds files; at a
+    scan that another process segments into the same folder, and where there is no room.
     """
     exports.check_formats(formats, sources)
-    folder = make_folder(Path(folder))  # not found out after the first scan
-    folders = {source.name: folder / source.name for source in sources}
-    done = [name for name, there in folders.items() if there.is_dir() and any(there.iterdir())]
+    folders = {source.name: Path(folder) / source.name for source in sources}
+    done = [there for there in folders.values() if _is_done(there)]
     if done and not resume:
         raise SegkitError(
-            f"{folders[done[0]]}: holds files already, as do {len(done) - 1} more; resume leaves these scans out (from "
+            f"{done[0]}: holds files already, as do {len(done) - 1} more; resume leaves these scans out (from "
             "a shell: --resume), or choose another folder for the results"
         )
-    left = [source for source in sources if source.name not in done]
-    return (_predict(predictor, source, folders[source.name], formats, choices, progress) for source in left)
+    left = [source for source in sources if folders[source.name] not in done]
+    return _predict_each(predictor, left, make_folder(Path(folder)), formats, choices, progress)
+
+
+def _is_done(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _predict_each(
+    predictor: Predictor,
+    sources: Sequence[ScanSource],
+    folder: Path,
+    formats: Sequence[str],
+    choices: Segmenting,
+    progress: bool,
+) -> Iterator[Outcome]:
+    _sweep(folder)
+    for source in sources:
+        target = folder / source.name
+        with _claimed(target):
+            # another process may have done it since this one looked
+            outcome = None if _is_done(target) else _predict(predictor, source, target, formats, choices, progress)
+        if outcome is not None:
+            yield outcome
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from the same scan; those that segment others may write beside it."""
+    lock = _lock_of(folder)
+    taken = f"{folder}: another process is segmenting this scan; wait until it ends, or choose another folder"
+    with alone(lock, taken):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # who waits for no more than this cannot be misled: results are written whole
+                lock.unlink()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left behind; where one still runs, its scan is locked."""
+    left = [(path, folder / name) for path, name in left_behind(folder) if path.is_dir()]
+    left += [(lock, folder / lock.name[1:-5]) for lock in folder.glob(".*.lock")]
+    for path, scan in left:
+        with suppress(SegkitError, OSError), _claimed(scan):
+            discard(path)
 
 
 def _predict(
@@ -91,7 +150,7 @@ def _predict(
     )
     stage_done("segmented")
     write_whole_folder(folder, lambda temporary: _write(outcome, temporary, formats))
-    outcome.files = sorted(path for path in folder.rglob("*") if path.is_file())
+    outcome.folder, outcome.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
     stage_done("written")
     return outcome
 

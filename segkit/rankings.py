@@ -68,7 +68,8 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
     table: the rows of one model of `comparison.compare`. names: of the first and of this second model. measure: what
     was compared. A filled triangle points to the better one where the interval excludes 0.
     """
-    first, second = (name if len(name) <= 30 else f"{name[:29]}…" for name in names)
+    # a pair of dollars would be set as mathematics
+    first, second = ((name if len(name) <= 30 else f"{name[:29]}…").replace("$", r"\$") for name in names)
     overall = table[table["structure"] == ALL]
     ranked = table[(table["structure"] != ALL) & table["difference"].notna()].sort_values(
         "difference", ascending=False, kind="stable"

@@ -18,7 +18,7 @@ from segkit.evaluation import Evaluation
 from segkit.metrics import MEASURES
 from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
-from segkit.runs import make_folder, time_stamp, write_json, write_whole
+from segkit.runs import make_folder, time_stamp, write_csv, write_json
 from segkit.styles import save_figure
 
 CAPTIONS = {
@@ -191,7 +191,7 @@ class Report:
 
     def _write_csv(self, name: str, table: pd.DataFrame) -> Path:
         path = Path(self.output_dir) / f"{name}_{self.stamp}.csv"
-        return self._keep(write_whole(path, lambda temporary: table.to_csv(temporary, index=False)))
+        return self._keep(write_csv(path, table))
 
     def _keep(self, path: Path) -> Path:
         self.files.append(path)
@@ -205,7 +205,7 @@ def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: 
     """
     stamp, folder = time_stamp(), make_folder(Path(output_dir))
     path = folder / f"comparison_{stamp}.csv"
-    files = [write_whole(path, lambda temporary: table.to_csv(temporary, index=False))]
+    files = [write_csv(path, table)]
     for number, (name, rows) in enumerate(table.groupby("model", sort=False), start=2):
         figure = rankings.plot_comparison(rows, (first, name), measure)
         files.append(save_figure(folder / f"comparison_{number}_{stamp}.png", figure))

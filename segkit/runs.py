@@ -6,11 +6,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, UnwritableError, unwritable
+from segkit.locks import alone
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUN_FILES = (
     "checkpoint_epoch*.pth",
@@ -38,6 +45,13 @@ RUN_FILES = (
 )
 """What belongs to one run. Staged stores, phantoms and executed notebooks serve several and stay where they are."""
 
+RUN_LOCK = ".lock"
+"""Held in a run's folder by the process that trains into it."""
+PREDICTIONS_LOCK = ".predictions.lock"
+"""Held in a run's folder by the process that evaluates it, which may be while it is still trained."""
+
+_TEMPORARY = re.compile(r"\.\d+\.(.+)")  # of `_beside`
+
 
 def project_root(start: str | Path | None = None) -> Path:
     """The nearest folder at or above `start` (the working directory) that holds `notebooks/` and `segkit/`.
@@ -64,23 +78,42 @@ def time_stamp() -> str:
 def start_run(output_dir: str | Path) -> Path:
     """Make `output_dir` ready for a new training and return it.
 
-    Files of an older run move to `runs/<stamp of their end>/` inside it. Raises SegkitError where nothing can be
-    written.
+    Files of an older run move to `runs/<stamp of their end>/` inside it, all of them: where a process was killed in the
+    middle, the next one goes on. Raises SegkitError where nothing can be written.
     """
     folder = Path(output_dir)
     make_folder(folder)
     older = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
-    if older:
-        ended = datetime.fromtimestamp(max(path.stat().st_mtime for path in older)).strftime("%Y%m%d_%H%M%S")
-        archive = folder / "runs" / ended
-        number = 1
-        while archive.exists():
-            number += 1
-            archive = folder / "runs" / f"{ended}_{number}"
-        archive.mkdir(parents=True)
-        for path in older:
-            path.rename(archive / path.name)
+    if older or is_half_moved(folder):
+        moving = _moving(folder)
+        try:
+            moving.mkdir(parents=True, exist_ok=True)
+            for path in older:
+                path.rename(moving / path.name)
+            moving.rename(_archive(folder, moving))
+        except OSError as error:
+            raise unwritable(folder / "runs", error, "the older run's files move there") from error
     return folder
+
+
+def is_half_moved(folder: Path) -> bool:
+    """Whether a new run was killed while it moved an older one's files: what is left of those is no run any more."""
+    return _moving(folder).is_dir()
+
+
+def _moving(folder: Path) -> Path:
+    return folder / "runs" / ".moving"
+
+
+def _archive(folder: Path, moving: Path) -> Path:
+    """A name that is not taken for the run whose files are in `moving`."""
+    latest = max((path.stat().st_mtime for path in moving.iterdir()), default=moving.stat().st_mtime)
+    ended = datetime.fromtimestamp(latest).strftime("%Y%m%d_%H%M%S")
+    archive, number = folder / "runs" / ended, 1
+    while archive.exists():
+        number += 1
+        archive = folder / "runs" / f"{ended}_{number}"
+    return archive
 
 
 def member_folder(output_dir: str | Path, number: int) -> Path:
@@ -104,41 +137,98 @@ def make_folder(folder: Path) -> Path:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it: `path` is complete or untouched."""
+    """Let `write` fill a temporary file beside `path`, then rename it: `path` is complete or untouched.
+
+    Raises SegkitError that names `path` where there is no room, or another reason why it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = _beside(path)
     try:
         write(temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
-def write_whole_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
+def write_whole_folder(path: str | Path, write: Callable[[Path], object], replace: bool = False) -> Path:
     """Let `write` fill a temporary folder beside `path`, then rename it: `path` has all of its files or is not there.
 
-    `path` may be there if it is empty; its parent is made.
+    `path` may be there if it is empty, or with `replace` anyhow; its parent is made. Raises SegkitError as
+    `write_whole` does.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _beside(path)
     try:
+        discard(temporary)
+        temporary.mkdir(parents=True)
         write(temporary)
-        if path.is_dir():
+        if replace:
+            discard(path)
+        elif path.is_dir():
             path.rmdir()
         temporary.rename(path)
+    except UnwritableError as error:
+        raise UnwritableError(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left of `write_whole`. Only for a folder that no other process writes into."""
+def _beside(path: Path) -> Path:
+    """Where what will be `path` is written: hidden, and another one for each process."""
+    return path.with_name(f".{os.getpid()}.{path.name}")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there, first from its name: nobody finds, or goes on writing, half of it."""
+    gone = path.with_name(f".{os.getpid()}.{time.monotonic_ns()}")
+    with suppress(FileNotFoundError):
+        path.rename(gone)
+        if gone.is_dir() and not gone.is_symlink():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            gone.unlink()
+
+
+def left_behind(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What `write_whole` and `write_whole_folder` of other processes, running or killed, have in `folder`.
+
+    Each with the name that it was to have.
+    """
     for path in folder.glob(".[0-9]*.*"):
-        if re.fullmatch(r"\.\d+\..+", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if (found := _TEMPORARY.fullmatch(path.name)) is not None:
+            yield path, found[1]
+
+
+def sweep(folder: Path, lock: Path | None = None) -> None:
+    """Remove what killed processes left behind, in a folder that no other process writes into.
+
+    lock: of those that may write into it all the same: while one of them holds it, all is left as it is.
+    """
+    with suppress(SegkitError), nullcontext() if lock is None else alone(lock, f"{folder}: in use"):
+        for path, _ in left_behind(folder):
+            with suppress(OSError):  # what cannot be removed harms nobody
+                discard(path)
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
+    """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
+
+    Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
+    """
+    columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
+    safe = table.assign(**columns)
+    return write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, encoding="utf-8", **options))
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def write_json(path: str | Path, content: object) -> Path:

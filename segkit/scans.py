@@ -39,6 +39,7 @@ class ScanSource:
     name: str  # safe as a file name
     path: Path  # its file, or the folder of a DICOM series
     series: Series | None = None  # of DICOM
+    others: tuple[Path, ...] = ()  # files beside those of DICOM that are none by their content
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _dicom(source: Path, files: Iterator[Path] | Sequence[Path], wanted: str | None) -> ScanSource:
-    every = find_series([path for path in files if is_dicom(path)])
+    marked = {path: is_dicom(path) for path in files}
+    every = find_series([path for path, is_marked in marked.items() if is_marked])
     if not every:
         raise SegkitError(f"{source}: holds no scan; {ACCEPTED}")
     # what has no place in the patient is no scan, and is chosen only where there is nothing else or by its UID
@@ -179,7 +181,7 @@ def _dicom(source: Path, files: Iterator[Path] | Sequence[Path], wanted: str | N
     [series] = chosen
     folder = source if source.is_dir() else source.parent
     text = nifti.stem(source).removesuffix(".dcm") if source.is_file() else source.absolute().name
-    return ScanSource(_name(source, text), folder, series)
+    return ScanSource(_name(source, text), folder, series, tuple(path for path in marked if not marked[path]))
 
 
 def _chosen(every: Sequence[Series], wanted: str) -> list[Series]:
@@ -207,6 +209,10 @@ def read_scan(source: ScanSource, findings: Findings) -> Scan:
 def _read_series(
     source: ScanSource, series: Series, findings: Findings
 ) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
+    if source.others:
+        names = ", ".join(path.name for path in source.others[:5])
+        text = f"{source.path}: {len(source.others)} files are no DICOM by their content and left out: {names}"
+        findings.add("info", "left out", f"{text}; a damaged slice at an end of the scan would be missing")
     stack = read_stack(series, findings)
     if stack is None or not plausible(*stack.range, source.path, findings, "warning"):
         return None

@@ -215,7 +215,7 @@ def _plain(value: object) -> object:
 def _whole_numbers(name: str, value: Sequence[int], example: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(number) for number in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SegkitError(f"{name} = {value!r}: expected whole numbers like {example}") from None
     if not numbers or min(numbers) < 1 or numbers != tuple(value):
         raise SegkitError(f"{name} = {value!r}: expected whole numbers of 1 or more, like {example}")

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,13 +14,16 @@ from typing import Any
 from segkit.checkpoints import Checkpoint, load_checkpoints, save_checkpoint
 from segkit.errors import SegkitError
 from segkit.model_card import Provenance, check_licence, model_card, score_section
-from segkit.runs import make_folder
+from segkit.runs import make_folder, write_whole_folder
 from segkit.settings import TrainSettings
 from segkit.subjects import Split
+from segkit.untrusted import read_json
 from segkit.weights_file import shared_name
 
 OF_THE_MACHINE = ("init_checkpoint", "device", "workers")
 """Settings that are of the machine, not of the model, and may name its paths: they are not shared."""
+
+_REMEDY = "move it away, or make it again"
 
 SHARED_RECORD = ("versions", "platform", "git", "data", "device", "processes", "threads")
 """What of `record.make_record` is shared."""
@@ -49,24 +49,16 @@ def export_model(source: str | Path, folder: str | Path, data_licence: str, desc
     run = source if source.is_dir() else source.parent
     provenance = Provenance(licence, description, _split_of(run), _scores_of(run, checkpoints))
     make_folder(folder.parent)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        draft.mkdir()
-        paths = [
-            _write(one, draft / shared_name(number, len(checkpoints)), licence)
-            for number, one in enumerate(checkpoints, start=1)
-        ]
+    names = [shared_name(number, len(checkpoints)) for number in range(1, len(checkpoints) + 1)]
+
+    def write(draft: Path) -> None:
+        for name, one in zip(names, checkpoints, strict=True):
+            _write(one, draft / name, licence)
         card = model_card(load_checkpoints(draft), provenance)  # of what is shared, so it says no more than that
-        paths.append(draft / "README.md")
-        paths[-1].write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty; not every system renames onto it
-        draft.rename(folder)
-    except OSError as error:
-        raise SegkitError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return [folder / path.name for path in paths]
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+    write_whole_folder(folder, write)
+    return [folder / name for name in (*names, "README.md")]
 
 
 def _write(one: Checkpoint, path: Path, licence: str) -> Path:
@@ -81,14 +73,14 @@ def _write(one: Checkpoint, path: Path, licence: str) -> Path:
 
 def _split_of(run: Path) -> Split | None:
     path = run / "split.json"
-    return Split.from_json(_read_json(path), str(path)) if path.is_file() else None
+    return Split.from_json(read_json(path, _REMEDY), str(path)) if path.is_file() else None
 
 
 def _scores_of(run: Path, checkpoints: Sequence[Checkpoint]) -> str:
     """The scores of the newest summary in the folder of a run that is of these checkpoints; empty without one."""
     trained = max(one.path.stat().st_mtime for one in checkpoints)
     for path in sorted(run.glob("evaluation_summary_*.json"), reverse=True):  # stamps sort by time
-        summary = _read_json(path)
+        summary = read_json(path, _REMEDY)
         stated: Any = summary.get("checkpoints") if isinstance(summary, dict) else None
         fits = isinstance(stated, list) and len(stated) == len(checkpoints) and path.stat().st_mtime >= trained
         if fits and all(_is_of(text, one.path, run) for text, one in zip(stated, checkpoints, strict=True)):
@@ -103,10 +95,3 @@ def _is_of(stated: object, checkpoint: Path, run: Path) -> bool:
         return Path(str(stated)).samefile(checkpoint)
     inside = (run.resolve().name, *checkpoint.relative_to(run).parts)
     return tuple(re.split(r"[\\/]", str(stated))[-len(inside) :]) == inside
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SegkitError(f"{path}: not readable as JSON ({error}); move it away, or make it again") from error

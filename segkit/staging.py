@@ -1,22 +1,21 @@
 """Subject folder -> staged store: read once, turned to the canonical grid, a compressed block a slice on disk.
 
-A staged subject is a folder with `ct.b2nd` (int16 HU), `codes.b2nd` (label codes), both (z, y, x) on the canonical grid
-of `segkit.formats.nifti`, and a readable `subject.json`. It appears under its name only when it is complete.
+A staged subject is a folder with `ct-<x>.b2nd` (int16 HU), `codes-<x>.b2nd` (label codes), both (z, y, x) on the
+canonical grid of `segkit.formats.nifti`, and a readable `subject.json` with checksums of all three. It appears under
+its name only when it is complete. <x> is of its sources: who reads it never gets the voxels of one version with the
+codebook of another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import blosc2
 import joblib
 import numpy as np
 from tqdm.auto import tqdm
@@ -24,16 +23,20 @@ from tqdm.auto import tqdm
 from segkit.codes import CodeVolume, codebook_from_json, codebook_to_json
 from segkit.errors import Finding, Findings, SegkitError, SubjectError
 from segkit.formats.nifti import Grid
+from segkit.locks import alone
 from segkit.reading import read_ct, read_labels, refuse
-from segkit.runs import make_folder, write_json
+from segkit.runs import make_folder, sweep, write_json, write_whole_folder
+from segkit.stores import StoredArray, checksums, is_whole, save_array, sealed
 from segkit.subjects import Subject
+from segkit.untrusted import read_json
 
-STORE_VERSION = 2
+STORE_VERSION = 3
+_ARRAYS = {"ct": "i", "codes": "u"}  # the kind of numbers in each, as numpy names it
 MOST_OPEN = 128
 """Arrays that a process keeps open, each with a file: systems allow 256 to 1,024 files, a large data set has 2,456
 arrays. Opening one again takes about a third of a millisecond."""
 
-_open_arrays: OrderedDict[tuple[int, object, str], blosc2.NDArray] = OrderedDict()  # the last used at the end
+_open_arrays: OrderedDict[tuple[int, object, str], StoredArray] = OrderedDict()  # the last used at the end
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ class StagedSubject:
         return self.info["voxels"]
 
     def hu(self, z: int | slice = slice(None)) -> np.ndarray:
-        """HU of one axial slice (y, x) or of several (z, y, x), int16."""
+        """HU of one axial slice (y, x) or of several (z, y, x), int16. SegkitError for a damaged store."""
         return self._array("ct")[z]
 
     def labels(self, z: int | slice = slice(None)) -> CodeVolume:
-        """Label codes of one axial slice (y, x) or of several (z, y, x)."""
+        """Label codes of one axial slice (y, x) or of several (z, y, x). SegkitError for a damaged store."""
         return self.codebook.with_codes(self._array("codes")[z])
 
     @cached_property
@@ -86,11 +89,12 @@ class StagedSubject:
         """What the codes mean, without any codes."""
         return codebook_from_json(self.info, np.zeros(0, np.uint8), str(self.folder / "subject.json"))
 
-    def _array(self, name: str) -> blosc2.NDArray:
+    def _array(self, name: str) -> StoredArray:
         key = (os.getpid(), self._itself, name)  # a forked worker opens its own
         array = _open_arrays.pop(key, None)
         if array is None:
-            array = open_array(self.folder / f"{name}.b2nd", self.shape)
+            path = self.folder / _file_name(name, self.info["fingerprint"])
+            array = StoredArray(path, self.shape, _ARRAYS[name], self.info["crc32"][name])
         _open_arrays[key] = array
         while len(_open_arrays) > MOST_OPEN:
             _open_arrays.popitem(last=False)
@@ -105,31 +109,8 @@ class StagedSubject:
         return {"folder": self.folder, "info": self.info}
 
 
-def open_array(path: Path, shape: tuple[int, int, int]) -> blosc2.NDArray:
-    """Open a `.b2nd` for reading slices. SegkitError that names the file if it is damaged or of another shape."""
-    try:
-        array = blosc2.open(str(path), mode="r")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise SegkitError(f"{path}: damaged store ({error}); delete its folder to have it staged again") from error
-    if tuple(array.shape) != shape:
-        raise SegkitError(
-            f"{path}: expected the shape {shape}, found {tuple(array.shape)}; delete its folder to stage again"
-        )
-    return array
-
-
-def save_array(path: Path, volume: np.ndarray) -> None:
-    """Write (z, y, x) as `.b2nd`, compressed without loss, a block a slice so that one slice can be read alone."""
-    # noise in HU compresses better bit by bit; codes as they are. Level 3 would gain 0.2 % and take twice as long
-    filters = [blosc2.Filter.NOFILTER if volume.dtype.itemsize == 1 else blosc2.Filter.BITSHUFFLE]
-    packed = blosc2.asarray(
-        np.ascontiguousarray(volume),
-        # a file of few chunks is written many times faster; reading a slice touches its block alone all the same
-        chunks=(min(16, len(volume)), *volume.shape[1:]),
-        blocks=(1, *volume.shape[1:]),
-        cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=filters, nthreads=1),
-    )
-    path.write_bytes(packed.to_cframe())  # at once, not chunk by chunk
+def _file_name(name: str, print_of_sources: str) -> str:
+    return f"{name}-{print_of_sources[:12]}.b2nd"
 
 
 def fingerprint(subject: Subject) -> str:
@@ -148,42 +129,36 @@ def stage_subject(subject: Subject, stage_dir: Path) -> StagedSubject:
     """Stage one subject, or return it from the store where it is there and its sources are unchanged.
 
     Peak memory: the CT, or one mask and the codes. Raises SubjectError that names subject and file for the first of
-    the errors that `segkit.reading` found; then nothing is left behind.
+    the errors that `segkit.reading` found, and SegkitError where the store cannot be written; then nothing is left
+    behind, and a store of older sources stays.
     """
-    target = stage_dir / subject.name
-    print_of_sources = fingerprint(subject)
-    staged = _load(target)
-    if staged is not None and staged.info.get("fingerprint") == print_of_sources:
+    target, print_of_sources = stage_dir / subject.name, fingerprint(subject)
+    staged = _load(target, print_of_sources)
+    if staged is not None:
         return staged
-    temporary = stage_dir / f".{subject.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    info = {}
+    write_whole_folder(
+        target, lambda folder: info.update(_write_store(subject, folder, print_of_sources)), replace=True
+    )
+    return StagedSubject(target, info)
+
+
+def _load(folder: Path, print_of_sources: str) -> StagedSubject | None:
+    """What is staged in a folder; None where nothing is, or what is there is of other sources or damaged."""
     try:
-        info = _write_store(subject, temporary)
-        write_json(temporary / "subject.json", {**info, "fingerprint": print_of_sources})
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    except OSError:
-        # another process may have staged the same subject in the meantime: then its store serves
-        staged = _load(target)
-        if staged is None or staged.info.get("fingerprint") != print_of_sources:
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    staged = _load(target)
-    assert staged is not None
-    return staged
+        info = read_json(folder / "subject.json", "it is made again")
+        known = is_whole(info) and info.get("version") == STORE_VERSION and info.get("fingerprint") == print_of_sources
+        return StagedSubject(folder, info) if known and info["bytes"] == _sizes(folder, print_of_sources) else None
+    except (OSError, SegkitError):
+        return None
 
 
-def _load(folder: Path) -> StagedSubject | None:
-    try:
-        info = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
-        return StagedSubject(folder, info) if info["version"] == STORE_VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, from another version or damaged: it is staged again
+def _sizes(folder: Path, print_of_sources: str) -> dict[str, int]:
+    """Bytes of each array: what was cut short is seen without reading it."""
+    return {name: (folder / _file_name(name, print_of_sources)).stat().st_size for name in _ARRAYS}
 
 
-def _write_store(subject: Subject, folder: Path) -> dict:
+def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> dict:
     findings = Findings(subject.name)
     read = read_ct(subject, findings)
     refuse(findings)
@@ -191,15 +166,18 @@ def _write_store(subject: Subject, folder: Path) -> dict:
     hu, grid = read
     hu = grid.to_canonical(hu)
     shape = hu.shape
-    save_array(folder / "ct.b2nd", hu)
+    save_array(folder / _file_name("ct", print_of_sources), hu)
+    crc32 = {"ct": checksums(hu)}
     del read, hu  # the labels need the memory
     volume = read_labels(subject, grid, findings)
     refuse(findings)
     volume = volume.with_codes(grid.to_canonical(volume.codes))
-    save_array(folder / "codes.b2nd", volume.codes)
+    save_array(folder / _file_name("codes", print_of_sources), volume.codes)
+    crc32["codes"] = checksums(volume.codes)
     voxels, slices = count_structures(volume)
-    return {
+    info = {
         "version": STORE_VERSION,
+        "fingerprint": print_of_sources,
         "subject": subject.name,
         "source": str(subject.ct.resolve()),
         "ct_bytes": subject.ct.stat().st_size,
@@ -211,8 +189,12 @@ def _write_store(subject: Subject, folder: Path) -> dict:
         "notes": [str(finding) for finding in findings],
         "voxels": voxels,
         "slices": slices,
+        "crc32": crc32,
         **codebook_to_json(volume),
     }
+    info = sealed({**info, "bytes": _sizes(folder, print_of_sources)})
+    write_json(folder / "subject.json", info)
+    return info
 
 
 def count_structures(volume: CodeVolume) -> tuple[dict[str, int], dict[str, list[list[int]]]]:
@@ -239,7 +221,8 @@ def stage(
     such one is raised as SubjectError. `jobs=None` leaves the number and the place of the workers to the surrounding
     `joblib.parallel_config`: inside `parallel_config(backend="dask")` they are those of a cluster, which must see the
     data and STAGE_DIR under the same paths. The store lies in a folder of its own for each data folder, so that one
-    STAGE_DIR serves several. Raises SegkitError if STAGE_DIR lies inside the data, or if no subject is usable.
+    STAGE_DIR serves several; one process at a time stages into it, others wait for it. Raises SegkitError if STAGE_DIR
+    lies inside the data or cannot be written, or if no subject is usable.
     """
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise SegkitError(f"JOBS = {jobs!r}: expected a whole number of 1 or more, or None")
@@ -249,14 +232,21 @@ def stage(
         raise SegkitError(f"STAGE_DIR {stage_dir} lies inside the data {data_dir}; choose a folder outside of it")
     home = stage_dir / f"{data_dir.name}-{hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]}"
     make_folder(home)
-    staged, problems = [], []
-    for subject, result in _stage_all(subjects, home, jobs, progress):
-        if isinstance(result, StagedSubject):
-            staged.append(result)
-        elif strict:
-            raise SubjectError(result)
-        else:
-            problems.append(Finding(subject.name, "error", "left out", result))
+    results: dict[str, StagedSubject | str | None] = {
+        subject.name: _staged_before(subject, home) for subject in subjects
+    }
+    missing = [subject for subject in subjects if results[subject.name] is None]
+    if missing:
+        with alone(home / ".lock", f"{home}: another process stages into it, waiting until it is done", wait=True):
+            sweep(home)
+            for subject, result in _stage_all(missing, home, jobs, progress):
+                if strict and isinstance(result, str):
+                    raise SubjectError(result)
+                results[subject.name] = result
+    staged = [result for result in results.values() if isinstance(result, StagedSubject)]
+    problems = [
+        Finding(name, "error", "left out", result) for name, result in results.items() if isinstance(result, str)
+    ]
     if not staged:
         shown = " | ".join(map(str, problems[:5]))
         raise SegkitError(f"{data_dir}: none of the {len(subjects)} subjects can be used. {shown}")
@@ -280,6 +270,13 @@ def _stage_all(
 
 def _size(subject: Subject) -> int:
     return sum(path.stat().st_size for path in subject.files if path.is_file())
+
+
+def _staged_before(subject: Subject, home: Path) -> StagedSubject | None:
+    try:
+        return _load(home / subject.name, fingerprint(subject))
+    except SubjectError:
+        return None  # it will be said when it is staged
 
 
 def _stage_or_problem(subject: Subject, home: Path) -> StagedSubject | str:

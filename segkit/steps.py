@@ -67,9 +67,14 @@ class Learner:
         }
 
     def restore(self, model: dict, optimizer: dict, scaler: dict, parts: int) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`. ValueError, or what else torch raises, for one that is not of this network."""
         self.network.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
+        # how the optimiser works is of these settings; the state has what it remembers of each weight
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": optimizer["state"]})
+        for weight, remembered in self.optimizer.state.items():
+            shapes = {name: value.shape for name, value in remembered.items()}
+            if shapes != {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                raise ValueError(f"the optimiser remembers {shapes} of a weight {tuple(weight.shape)}")
         if scaler:  # none where another device computed in another precision
             self.scaler.load_state_dict(scaler)
         self.parts = max(parts, self.settings.accumulate)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from segkit.errors import Finding, SegkitError, SubjectError
+from segkit.errors import Finding, SegkitError, SubjectError, printable
 from segkit.formats import LabelSource
 from segkit.formats.label_image import find_label_image
 from segkit.formats.mask_files import MaskFiles, find_mask_files
 from segkit.formats.nifti import ENDINGS
 from segkit.formats.nnunet import Case, find_cases, is_nnunet_folder
 from segkit.labels import check_name
+from segkit.untrusted import read_file
 
 SPLITS = ("train", "val", "test")
 SLAB_SLICES = 8
@@ -85,18 +87,24 @@ class Split:
     def from_json(cls, content: Mapping, source: str) -> Split:
         """The reverse of `to_json`. Raises SegkitError that names `source` for anything else."""
         try:
-            train, val, test = (
-                tuple(
-                    Part(check_name(p["subject"]), p["slabs"] and tuple((int(a), int(b)) for a, b in p["slabs"]))
-                    for p in content[name]
-                )
-                for name in SPLITS
-            )
+            train, val, test = (tuple(_part(part) for part in content[name]) for name in SPLITS)
             return cls(train, val, test, source=str(content["source"]))
         except (KeyError, TypeError, ValueError) as error:
             raise SegkitError(
-                f"{source}: no split of train, val and test ({error!r}); train again to have it written"
+                f"{source}: damaged: no split of train, val and test ({error!r}); train again to have it written"
             ) from error
+
+
+def _part(content: Mapping) -> Part:
+    """One part of a split. Raises KeyError, TypeError or ValueError (SegkitError is one) for anything else."""
+    slabs = content["slabs"]
+    if slabs is not None:
+        slabs = tuple((start, stop) for start, stop in slabs)
+        if not slabs or any(type(place) is not int for slab in slabs for place in slab):
+            raise TypeError(f"slabs {str(slabs)[:60]}: expected pairs of whole numbers")
+        if any(not 0 <= start < stop for start, stop in slabs):
+            raise ValueError(f"slabs {str(slabs)[:60]}: expected slices from 0 on")
+    return Part(check_name(content["subject"]), slabs)
 
 
 def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
@@ -110,6 +118,14 @@ def find_subjects(data_dir: str | Path) -> tuple[list[Subject], list[Finding]]:
         what = "is a file" if Path(data_dir).exists() else "no such folder"
         raise SegkitError(f"{data_dir}: {what}; set DATA_DIR to the folder that holds the subjects")
     data_dir = Path(data_dir).absolute()  # workers may have another working directory
+    try:
+        return _find(data_dir)
+    except OSError as error:
+        raise SegkitError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _find(data_dir: Path) -> tuple[list[Subject], list[Finding]]:
+    """`find_subjects` of a folder that is there. OSError for one that cannot be looked into."""
     candidates = _nnunet_cases(data_dir) if is_nnunet_folder(data_dir) else _subject_folders(data_dir)
     subjects: dict[str, Subject] = {}
     problems: list[Finding] = []
@@ -191,26 +207,30 @@ def _what_is_there(data_dir: Path) -> str:
 def read_meta_split(data_dir: str | Path) -> dict[str, str]:
     """Subject -> "train", "val" or "test" from the data set's `meta.csv`; empty where there is none.
 
-    The file is separated by `;` and starts with a byte-order mark. Raises SegkitError if it lacks the two columns or
-    names another split.
+    The file is separated by `;` and starts with a byte-order mark. Raises SegkitError if it lacks the two columns,
+    names another split or gives a subject two, and if it cannot be read.
     """
     path = Path(data_dir) / "meta.csv"
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=";")
-            if not {"image_id", "split"} <= set(reader.fieldnames or ()):
-                raise SegkitError(
-                    f"{path}: expected columns image_id and split, separated by ';', found {reader.fieldnames}"
-                )
-            rows = [((row["image_id"] or "").strip(), (row["split"] or "").strip().lower()) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
+        lines = io.StringIO(read_file(path).decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(lines, delimiter=";")
+        if not {"image_id", "split"} <= set(reader.fieldnames or ()):
+            found = str(reader.fieldnames)[:200]
+            raise SegkitError(f"{path}: expected columns image_id and split, separated by ';', found {found}")
+        rows = [((row["image_id"] or "").strip(), (row["split"] or "").strip().lower()) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SegkitError(f"{path}: not readable as CSV ({error})") from error
     unknown = sorted({split for _, split in rows} - {*SPLITS, ""})
     if unknown:
-        raise SegkitError(f"{path}: expected the splits {', '.join(SPLITS)} or none, found {', '.join(unknown[:5])}")
-    return {name: split for name, split in rows if split}
+        found = printable(", ".join(unknown[:5]))[:200]
+        raise SegkitError(f"{path}: expected the splits {', '.join(SPLITS)} or none, found {found}")
+    given: dict[str, str] = {}
+    for name, split in rows:
+        if split and given.setdefault(name, split) != split:
+            raise SegkitError(f"{path}: {name[:60]!r} is in two splits, {given[name]} and {split}; keep one of them")
+    return given
 
 
 def select_subjects(

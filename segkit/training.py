@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from segkit.checkpoints import TrainingState, best_checkpoint, load_state, save_
 from segkit.dataset import Data
 from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
+from segkit.locks import alone
 from segkit.ranks import Ranks, join_ranks
 from segkit.record import make_record
-from segkit.runs import start_run, sweep, write_json
+from segkit.runs import PREDICTIONS_LOCK, RUN_LOCK, is_half_moved, make_folder, start_run, sweep, write_json
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
 from segkit.slabs import open_items, tiles
@@ -78,13 +80,37 @@ def train(
     Of several `ranks` (`segkit.ranks`; by default as this process was launched) each calls this alike, with
     `output_dir` on a disk that all of them see; only the first one writes, prints and calls `on_epoch`.
 
-    Raises SegkitError for settings that make no sense or differ from those of the training to resume, and for a loss
-    that is no longer a number.
+    Raises SegkitError for settings that make no sense or differ from those of the training to resume, for a loss that
+    is no longer a number, where a file cannot be written, and where another process trains into `output_dir`.
     """
-    settings = settings.checked()
-    output_dir = Path(output_dir)
+    settings, output_dir = settings.checked(), Path(output_dir)
     ranks = ranks or join_ranks(settings.device)
-    going_on = resume and (output_dir / STATE_FILE).is_file()
+    with no_other_training(output_dir, ranks):
+        return _train(data, settings, output_dir, on_epoch, progress, resume, ranks)
+
+
+@contextmanager
+def no_other_training(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other trainings out of a folder in the block; the first rank does so for all."""
+    if not ranks.first:
+        yield
+        return
+    taken = f"{folder}: another process is training into it; wait until it ends, or choose another OUTPUT_DIR"
+    with alone(make_folder(folder) / RUN_LOCK, taken):
+        sweep(folder, folder / PREDICTIONS_LOCK)
+        yield
+
+
+def _train(
+    data: Data,
+    settings: TrainSettings,
+    output_dir: Path,
+    on_epoch: Callable[[History], object] | None,
+    progress: bool,
+    resume: bool,
+    ranks: Ranks,
+) -> History:
+    going_on = resume and (output_dir / STATE_FILE).is_file() and not is_half_moved(output_dir)
     trainer = _Trainer(data, settings, ranks, fresh=not going_on)
     if going_on:
         trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
@@ -115,8 +141,13 @@ def train(
 
 
 def begin_folder(folder: Path, data: Data) -> None:
-    """Make a folder ready for a new run: files of an older one move away, label_map.json and split.json are written."""
-    start_run(folder)
+    """Make a folder ready for a new run: files of an older one move away, label_map.json and split.json are written.
+
+    Raises SegkitError where the older one is being evaluated.
+    """
+    taken = f"{folder}: another process is evaluating the run in it; wait until it ends, or choose another OUTPUT_DIR"
+    with alone(folder / PREDICTIONS_LOCK, taken):
+        start_run(folder)
     write_json(folder / "label_map.json", data.label_map)
     write_json(folder / "split.json", data.split_to_json())
 
@@ -145,7 +176,6 @@ class _RunFiles:
             return
         if not going_on:
             begin_folder(self.folder, data)  # only now, when nothing in the settings or data stops the new run
-        sweep(self.folder)
         write_json(self.folder / "settings.json", asdict(self.trainer.settings))
 
     def save_state(self) -> None:
@@ -238,7 +268,11 @@ class _Trainer:
             raise SegkitError(
                 f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
             )
-        self.learner.restore(**state.learner)
+        try:
+            self.learner.restore(**state.learner)
+        except Exception as error:  # torch raises many kinds for what does not fit
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise SegkitError(f"{path}: damaged state of a training ({reason}); set RESUME = False") from error
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
 

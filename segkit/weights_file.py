@@ -14,8 +14,9 @@ from types import ModuleType
 
 import torch
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, UnwritableError
 from segkit.runs import write_whole
+from segkit.untrusted import check_file
 
 SUFFIX = ".safetensors"
 ENTRY = "segkit"
@@ -59,7 +60,9 @@ def write_weights_file(path: Path, content: dict) -> Path:
         rest = json.loads(json.dumps(rest, allow_nan=False))  # as it will be read
         text = json.dumps({**rest, "sha256": _digest(rest, weights)})
         return write_whole(path, lambda temporary: safetensors.torch.save_file(weights, temporary, {ENTRY: text}))
-    except (TypeError, ValueError, OSError, RecursionError, safetensors.SafetensorError) as error:
+    except UnwritableError:
+        raise
+    except (TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise SegkitError(f"{path}: cannot be written: {_short(error)}") from error
 
 
@@ -67,6 +70,7 @@ def read_weights_file(path: Path) -> dict:
     """The content that `write_weights_file` was given. Raises SegkitError that names a file which is not as written."""
     safetensors = _library()
     try:
+        check_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(ENTRY)
             # a copy: the file may change or go while the network is used

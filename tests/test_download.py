@@ -19,11 +19,9 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.request
 import warnings
 import zipfile
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from segkit.download import RELEASES, Release, check_entry_name, disk, download, downloading, fetching, unpacking
+from segkit.download import RELEASES, Release, check_entry_name, disk, download, fetching, unpacking
 from segkit.errors import SegkitError
 
 NAME = "dataset_v201.zip"
@@ -500,54 +498,6 @@ def test_what_exists_is_not_overwritten(server, archive, tmp_path, path):
     assert tree_of(tmp_path) == before
 
 
-def test_a_second_process_is_refused(server, source, tmp_path):
-    server.stalls, server.cut = True, [10_000]
-    errors = []
-
-    def first():
-        with suppress(SegkitError):
-            download(tmp_path, server.release(), progress=False, wait=0.01, timeout=1.0)
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    while not server.sent:
-        time.sleep(0.01)
-    code = "import sys; from segkit.download import *; download(sys.argv[1], Release('tiny', *eval(sys.argv[2])))"
-    release = server.release()
-    arguments = [str(tmp_path), repr((release.url, release.size, release.md5))]
-    second = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert second.returncode == 1 and "another process is downloading into it" in second.stderr
-    try:
-        download(tmp_path, release, **QUICK)
-    except SegkitError as error:
-        errors.append(str(error))
-    assert errors and "another process" in errors[0] and len(server.requests) == 1
-    thread.join()
-    assert tree_of(tmp_path) == tree_of(source)
-
-
-def test_without_locks_it_warns_and_windows_has_its_own(server, source, tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    if downloading.fcntl:
-        monkeypatch.setattr(downloading.fcntl, "flock", no_locks)
-        with pytest.warns(UserWarning, match="cannot be locked"):
-            download(tmp_path / "a", server.release(), **QUICK)
-        assert tree_of(tmp_path / "a") == tree_of(source)
-
-    def taken(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    windows = types.SimpleNamespace(locking=taken, LK_NBLCK=2)
-    monkeypatch.setattr(downloading, "fcntl", None)
-    monkeypatch.setattr(downloading, "msvcrt", windows, raising=False)
-    with pytest.raises(SegkitError, match="another process"):
-        download(tmp_path / "b", server.release(), **QUICK)
-    code = "import sys, tqdm.auto; sys.modules |= {'fcntl': None, 'msvcrt': sys}; import segkit.download"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
 def test_too_small_a_disk_is_told_before_anything_is_done(server, archive, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2 * len(archive)})
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
@@ -632,90 +582,6 @@ def test_killed_while_fetching_it_goes_on(server, source, archive, tmp_path):
     download(tmp_path, release, **QUICK)
     assert tree_of(tmp_path) == tree_of(source)
     assert ranges_of(server) == [None, *(f"bytes={size}-" for size in sizes)]
-
-
-KILLER = """
-import json, os, signal, sys
-from http.client import HTTPResponse
-from segkit.download import Release, disk, download, fetching, unpacking
-
-folders, url, size, md5, keep = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5] == "keep"
-release = Release("tiny", url, size, md5)
-fetching.BLOCK = unpacking.BLOCK = 1 << 14
-HTTPResponse.read1 = HTTPResponse.read  # blocks of one size: the same steps each time
-seen = last = 0
-
-
-def moment():
-    global seen
-    seen += 1
-    if seen == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Bar(disk.tqdm):
-    def update(self, n=1):
-        moment()
-        return super().update(n)
-
-
-disk.tqdm = Bar
-
-
-def run(number, moments):
-    global seen, last
-    seen, last = 0, moments
-    download(f"{folders}/{number}", release, keep_archive=keep, progress=False, wait=0.01)
-
-
-for line in sys.stdin:
-    number, moments = map(int, line.split())
-    child = os.fork()
-    if not child:
-        # before every change of a file, every opening and, by the bar, between two blocks of one file
-        sys.addaudithook(lambda event, _: event.startswith(("open", "os.", "shutil.", "fcntl.")) and moment())
-        run(number, moments)
-        print(json.dumps(seen), flush=True)
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills with SIGKILL")
-@pytest.mark.parametrize("keep", ["keep", "drop"])
-def test_killed_at_any_moment_it_ends_the_same(server, source, archive, tmp_path, keep):
-    """A child kills itself at its n-th step, for many n; whole subjects only are ever seen; the next call ends well."""
-    arguments = [str(tmp_path), server.url(), str(len(archive)), hashlib.md5(archive).hexdigest(), keep]
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLER, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-
-    def run(number: int, moments: int) -> list[str]:
-        print(number, moments, file=child.stdin, flush=True)
-        lines = [child.stdout.readline().strip()]
-        return lines if moments else [*lines, child.stdout.readline().strip()]
-
-    expected = tree_of(source) | ({NAME: archive} if keep == "keep" else {})
-    steps, status = run(0, 0)
-    assert status == "0" and tree_of(tmp_path / "0") == expected
-    last = int(steps)
-    moments = sorted({1, *random.Random(0).sample(range(2, last), 40), *range(last - 12, last)})
-    stages = set()
-    for number in moments:
-        assert run(number, number) == [str(int(signal.SIGKILL))]
-        found = tree_of(tmp_path / str(number)) if (tmp_path / str(number)).exists() else {}
-        assert {path: expected[path] for path in found} == found  # no file is half
-        tops = {path.split("/")[0] for path in found}
-        assert {path for path in expected if path.split("/")[0] in tops} == set(found)  # no subject is
-        stages.add(len(tops))
-        download(tmp_path / str(number), server.release(), keep_archive=keep == "keep", **QUICK)
-        assert tree_of(tmp_path / str(number)) == expected, number
-        left = sorted(path.name for path in (tmp_path / str(number) / ".download").iterdir())
-        assert left == ["lock", "state.json"]
-    assert {0, 1, 2, 3, 4, 5} <= stages  # it was killed with each number of subjects in place
-    child.stdin.close()
-    assert child.wait() == 0
-    child.stdout.close()
 
 
 # --- hostile archives

@@ -92,7 +92,7 @@ def test_a_scans_folder_is_whole_or_not_there(predictor, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pandas.DataFrame.to_csv", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SegkitError, match=r"out/a/a_structures\.csv: the disk is full; make room"):
         list(predicting.predict_scans(predictor, find_scans(path), tmp_path / "out", ("nifti", "csv"), progress=False))
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -122,6 +122,10 @@ def test_every_format_has_a_writer(predictor, tmp_path):
     assert all(file.stat().st_size for file in outcome.files) and len(set(outcome.files)) == len(outcome.files)
     ends = ("nii.gz", "json", "nrrd", "ctbl", "txt", "stl", "ply", "html", "csv")
     assert {end for end in ends if any(file.name.endswith(end) for file in outcome.files)} == set(ends)
+    single = [str(file) for file in outcome.files if file.parent == outcome.folder]
+    masks = len(list((outcome.folder / "segmentations").iterdir()))
+    assert {*single, f"{outcome.folder / 'segmentations'} ({masks} files)"} < set(outcome.written)
+    assert len(outcome.written) == len(single) + 3  # masks, stl and ply in a folder each
 
 
 def test_the_torso_as_dicom_and_as_nifti_gives_the_same_masks(torso_dir, predictor, tmp_path):

@@ -2,12 +2,8 @@
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,51 +83,6 @@ def test_an_interrupt_within_a_step_waits_for_its_end(phantom_data, uninterrupte
     assert history[-1]["interrupted"] and history[-1]["steps"] == 2  # the sixth step, of epochs of four
     train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
     assert same(weights_of(tmp_path), weights_of(uninterrupted))
-
-
-def child_code(phantom_data, folder: Path) -> str:
-    """A training as a program of its own, that resumes what it finds and saves its state after every step."""
-    stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
-    return (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_resume, segkit.training\n"
-        "from segkit.dataset import open_data\n"
-        "segkit.training.STATE_SECONDS = 0\n"
-        f"data = open_data({str(phantom_data.folder)!r}, {str(stage_dir)!r}, progress=False)\n"
-        f"segkit.training.train(data, test_resume.SETTINGS, {str(folder)!r}, progress=False, resume=True)\n"
-    )
-
-
-def test_a_killed_training_goes_on_to_the_same_weights(phantom_data, tmp_path):
-    """SIGKILL at random moments while it trains, then let it come to its end; against one that was left alone.
-
-    Both are processes of their own: libraries that other tests load may change how a process rounds.
-    """
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    kills = 0
-    for _ in range(3):
-        child = subprocess.Popen([sys.executable, "-c", child_code(phantom_data, killed)])
-        before = state_time(killed)
-        while child.poll() is None and state_time(killed) == before:
-            time.sleep(0.002)
-        time.sleep(random.Random(before).uniform(0, 0.06))
-        kills += child.poll() is None
-        child.kill()  # SIGKILL
-        child.wait()
-    assert kills >= 2
-    for folder in (killed, whole):
-        done = subprocess.run([sys.executable, "-c", child_code(phantom_data, folder)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert same(weights_of(killed), weights_of(whole))
-    assert without_times(killed) == without_times(whole)
-    assert not list(killed.glob(".*"))  # what a kill left of a file is gone after the next write
-
-
-def state_time(folder: Path) -> int:
-    try:
-        return (folder / training.STATE_FILE).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def test_more_epochs_can_be_added_but_nothing_else_may_change(phantom_data, uninterrupted, tmp_path):

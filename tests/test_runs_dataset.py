@@ -7,6 +7,7 @@ from conftest import write_subject
 
 from segkit import dataset, runs
 from segkit.errors import SegkitError
+from segkit.locks import alone
 from segkit.subjects import Part
 
 
@@ -54,6 +55,51 @@ def test_written_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text())["shape"] == [1, 2, 3] and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_killed_processes_left_is_swept_unless_somebody_may_be_writing(tmp_path):
+    left = [tmp_path / ".123.a.json", tmp_path / ".9.folder"]
+    kept = [tmp_path / name for name in (".12.", ".hidden", ".x.y", "123.a", ".lock")]
+
+    def leave():
+        left[0].write_text("{")
+        (left[1] / "deep").mkdir(parents=True)
+        (left[1] / "deep" / "file").touch()
+
+    leave()
+    for path in kept:
+        path.touch()
+    with alone(tmp_path / ".other.lock", "taken"):
+        runs.sweep(tmp_path, tmp_path / ".other.lock")
+    assert all(path.exists() for path in left)
+    runs.sweep(tmp_path, tmp_path / ".other.lock")
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / ".other.lock"])
+    leave()
+    runs.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / ".other.lock"])
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_run_is_moved_whole_however_often_that_is_interrupted(tmp_path, monkeypatch, moved):
+    names = ["checkpoint_epoch1.pth", "label_map.json", "last_state.pth"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    original, done = runs.Path.rename, []
+
+    def rename(path, target):
+        if len(done) == moved:
+            raise KeyboardInterrupt
+        done.append(path)
+        return original(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs.Path, "rename", rename)
+        runs.start_run(tmp_path)
+    assert runs.is_half_moved(tmp_path)
+    runs.start_run(tmp_path)
+    assert not runs.is_half_moved(tmp_path)
+    [archive] = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in archive.iterdir()) == names
+
+
 def test_phantoms_are_made_once_and_whole(tmp_path, monkeypatch):
     folder = dataset.phantoms_in(tmp_path, 2, seed=5, detail=0.3, progress=False)
     assert (folder / "meta.csv").is_file() and len(list(folder.glob("s*/ct.nii.gz"))) == 2
@@ -61,7 +107,7 @@ def test_phantoms_are_made_once_and_whole(tmp_path, monkeypatch):
     assert dataset.phantoms_in(tmp_path, 2, seed=5, detail=0.3, progress=False) == folder
 
     def interrupted(draft, *args, **kwargs):
-        draft.mkdir(parents=True)
+        draft.mkdir(parents=True, exist_ok=True)
         (draft / "meta.csv").touch()
         raise KeyboardInterrupt
 

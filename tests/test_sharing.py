@@ -322,7 +322,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sharing, "model_card", full)
     for folder in ("new", "there"):
-        with pytest.raises(SegkitError, match=rf"{folder}: cannot be written \(No space left"):
+        with pytest.raises(SegkitError, match=rf"{folder}: the disk is full; make room"):
             export_model(path, tmp_path / folder, LICENCE)
     assert {each.name for each in tmp_path.iterdir()} == {"run", "there"} and not list((tmp_path / "there").iterdir())
 

@@ -88,7 +88,7 @@ def test_a_second_run_stages_nothing_and_a_changed_source_is_staged_again(two_su
     stage(subjects, tmp_path / "store", progress=False)
     written = []
     original = staging._write_store
-    monkeypatch.setattr(staging, "_write_store", lambda s, f: written.append(s.name) or original(s, f))
+    monkeypatch.setattr(staging, "_write_store", lambda s, *more: written.append(s.name) or original(s, *more))
     stage(subjects, tmp_path / "store", progress=False)
     assert written == []
     path = subjects[1].labels.masks["aorta"]
@@ -192,10 +192,13 @@ def test_small_offsets_other_values_and_clipped_hu_are_accepted_and_noted(two_su
 def test_a_damaged_store_is_named_or_staged_again(two_subjects, tmp_path):
     subjects, _ = find_subjects(two_subjects)
     staged = stage_subject(subjects[0], tmp_path / "store")
-    (staged.folder / "codes.b2nd").write_bytes(b"nonsense")
-    again = staging._load(staged.folder)
-    with pytest.raises(SegkitError, match=r"codes\.b2nd: damaged store"):
+    [codes] = staged.folder.glob("codes-*.b2nd")
+    codes.write_bytes(b"nonsense".ljust(codes.stat().st_size))
+    again = stage_subject(subjects[0], tmp_path / "store")
+    with pytest.raises(SegkitError, match=r"codes-\w+\.b2nd: damaged store"):
         again.labels()
+    codes.write_bytes(b"cut short")
+    assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
     (staged.folder / "subject.json").write_text("{")
     assert stage_subject(subjects[0], tmp_path / "store").labels().codes.shape == (6, 5, 4)
 

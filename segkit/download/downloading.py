@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from errno import errorcode
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, unwritable
+from segkit.locks import alone
 from segkit.runs import write_json
+from segkit.untrusted import read_json
 
 from .disk import WORK, md5
 from .fetching import fetch
 from .releases import RELEASES, Release
 from .unpacking import unpack
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-    import msvcrt
 
 
 def download(
@@ -60,15 +52,12 @@ def download(
     try:
         if not _is_finished(folder, release):
             (folder / WORK).mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            taken = f"{folder}: another process is downloading into it; wait until it ends"
+            with alone(folder / WORK / "lock", taken):
                 _complete(folder, release, keep_archive, progress, (retries, wait, timeout))
         _clean(folder / WORK)
     except OSError as error:  # of files; those of the network became SegkitError where they happened
-        full = errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
-        reason = "the disk is full; make room" if full else f"{error.strerror or error}; put that right"
-        raise SegkitError(
-            f"{error.filename or folder}: {reason} and run it again, it goes on where it stopped"
-        ) from error
+        raise unwritable(error.filename or folder, error, "it goes on where it stopped") from error
     return folder
 
 
@@ -97,10 +86,11 @@ def _complete(
 
 def _read_state(folder: Path) -> dict:
     try:
-        state = json.loads((folder / WORK / "state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        state = read_json(folder / WORK / "state.json", "remove it")
+    except SegkitError:
         return {}
-    return state if isinstance(state, dict) else {}
+    whole = isinstance(state, dict) and isinstance(state.get("folders", []), list)
+    return state if whole and all(isinstance(name, str) for name in state.get("folders", [])) else {}
 
 
 def _own_state(folder: Path, release: Release) -> dict:
@@ -135,19 +125,3 @@ def _clean(work: Path) -> None:
                 shutil.rmtree(path)
             elif path.name not in ("state.json", "lock"):
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out. The system takes the lock back from a process that ends, however it ends."""
-    with open(folder / WORK / "lock", "ab") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except (BlockingIOError, PermissionError) as error:
-            raise SegkitError(f"{folder}: another process is downloading into it; wait until it ends") from error
-        except OSError as error:  # some network file systems, where large data sets live, have no locks
-            warnings.warn(f"{folder}: cannot be locked ({error}); start no second download into it", stacklevel=4)
-        yield

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, printable
 
 HINT = "pip install -e '.[dicom]'"
 
@@ -30,7 +30,6 @@ NO_IMAGES = frozenset(
 )
 """Modalities of objects that are no scan: results, plans, reports, documents."""
 
-_DEFLATED = b"1.2.840.10008.1.2.1.99\0\0"
 _ATTRIBUTES = [
     "SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "InstanceNumber", "FrameOfReferenceUID", "Rows",
     "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "ImagePositionPatient",
@@ -90,7 +89,7 @@ class Series:
         thick = sorted({plane.thickness_mm for plane in self.planes if plane.thickness_mm is not None})
         thickness = f"{thick[0]:g} mm" if thick else "unknown thickness"
         text = f"{len(self.files)} files, {len(self.planes)} slices, {sizes}, {thickness}, {self.modality}"
-        return f"{_printable(self.uid)}: {_printable(self.description) or 'no description'} ({text})"
+        return f"{_shown(self.uid)}: {_shown(self.description) or 'no description'} ({text})"
 
 
 def require_pydicom() -> ModuleType:
@@ -134,7 +133,7 @@ def _add(header: Any, path: Path, series: Series) -> None:
     except SegkitError as error:
         series.faults.append(str(error))
     except Exception as error:  # noqa: BLE001, pydicom converts a value when it is asked for, and raises many kinds
-        series.faults.append(f"{path}: {_DAMAGED} ({_printable(str(error))[:120]})")
+        series.faults.append(f"{path}: {_DAMAGED} ({_shown(error)})")
 
 
 _DAMAGED = "damaged or cut short; copy it again, or remove it if it does not belong to the scan"
@@ -143,9 +142,10 @@ _DAMAGED = "damaged or cut short; copy it again, or remove it if it does not bel
 def _read_header(pydicom: ModuleType, path: Path) -> tuple[Any, Series] | None:
     """What is needed of a file, before its pixels, and its series, still empty; None for an object without an image."""
     try:
-        with open(path, "rb") as file:
-            if _DEFLATED in file.read(1024):
-                raise SegkitError(f"{path}: is deflated as a whole, which is not supported; save it uncompressed")
+        # such a file would be inflated at once, before its header is known, to a thousand times its size
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            raise SegkitError(f"{path}: is deflated as a whole, which is not supported; save it uncompressed")
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_ATTRIBUTES)
         directory = header.file_meta.get("MediaStorageSOPClassUID") == pydicom.uid.MediaStorageDirectoryStorage
         names = ("SeriesInstanceUID", "SeriesDescription", "Modality")
@@ -153,12 +153,12 @@ def _read_header(pydicom: ModuleType, path: Path) -> tuple[Any, Series] | None:
     except SegkitError:
         raise
     except Exception as error:
-        raise SegkitError(f"{path}: {_DAMAGED} ({_printable(str(error))[:120]})") from error
+        raise SegkitError(f"{path}: {_DAMAGED} ({_shown(error)})") from error
     if directory or modality in NO_IMAGES:
         return None
     if not uid:
         raise SegkitError(f"{path}: {_DAMAGED} (it names no series)")
-    return header, Series(uid, description, _printable(modality))
+    return header, Series(uid, description, _shown(modality))
 
 
 def _planes(header: Any, path: Path) -> Iterator[Plane]:
@@ -210,7 +210,7 @@ def _plane(find: Callable[[str], object], header: Any, path: Path, frame: int) -
         _length(find("SliceThickness")),
         _length(find("SpacingBetweenSlices")),
         None if without else tuple(_finite([slope, intercept], 2, "RescaleSlope, RescaleIntercept", path).tolist()),
-        _printable(str(find("RescaleType") or "")),
+        _shown(find("RescaleType") or ""),
         _padding(header, path),
         str(header.file_meta.get("TransferSyntaxUID", "")),
     )
@@ -226,7 +226,7 @@ def _numbers(find: Callable[[str], object], keyword: str, count: int, path: Path
 def _finite(value: object, count: int, keyword: str, path: Path) -> np.ndarray:
     numbers = np.array(value, float).ravel()
     if len(numbers) != count or not (abs(numbers) < MOST).all():  # NaN is not smaller either
-        raise SegkitError(f"{path}: {keyword}: expected {count} numbers, found {_printable(str(value))[:80]}")
+        raise SegkitError(f"{path}: {keyword}: expected {count} numbers, found {_shown(value)}")
     return numbers
 
 
@@ -247,5 +247,5 @@ def _padding(header: Any, path: Path) -> tuple[float, float] | None:
     return tuple(sorted(ends.tolist()))
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text).strip()[:120]
+def _shown(text: object) -> str:
+    return printable(str(text)).strip()[:120]

@@ -57,7 +57,7 @@ def read_stack(series: Series, findings: Findings) -> Stack | None:
             findings.add("error", "unusable slice", fault)
     _report_localizers(series, findings)
     if not series.planes and not series.faults:
-        findings.add("error", "no slices", f"{_folder(series)}: series {series.uid} holds no slices, only localizers")
+        findings.add("error", "no slices", f"{_folder(series)}: holds no slices, only localizers: {series}")
     if len(findings.errors) > errors:
         return None
     _check_alike(series, findings)

@@ -6,7 +6,6 @@ NIfTI header holds XML with a LabelTable, of which each Label has the number as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats import LabelSource
 from segkit.formats.nifti import Grid, nifti_files, offset_mm, read_header, read_volume, stem
 from segkit.labels import safe_name
+from segkit.untrusted import read_json
 
 BACKGROUND = "background"
 MOST_NUMBERS = 1 << 20  # between the lowest and the highest: beyond, it is no label image
+LARGEST_NUMBER = 1 << 31  # of either sign
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ class LabelImage(LabelSource):
             findings.add("warning", "offset", text, value=offset)
         if volume.dtype.kind == "f":
             whole = np.rint(volume)
-            if not np.array_equal(whole, volume):  # NaN is not equal either
+            if not np.isfinite(whole).all() or not np.array_equal(whole, volume):
                 findings.add("error", "no label image", f"{self.path}: expected a whole number a voxel")
                 return nothing
             volume = whole
         lowest, highest = int(volume.min()), int(volume.max())
-        if highest - lowest >= MOST_NUMBERS:
+        if highest - lowest >= MOST_NUMBERS or max(-lowest, highest) > LARGEST_NUMBER:
             findings.add("error", "no label image", f"{self.path}: holds numbers from {lowest} to {highest}")
             return nothing
         return self._encode(volume, lowest, highest, findings)
@@ -152,10 +153,7 @@ def read_names(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises SegkitError that names the file for anything else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SegkitError(f"{path}: not readable as JSON ({error})") from error
+    content = read_json(path, "write the names again")
     table = content.get("labels", content) if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise SegkitError(f'{path}: expected names and numbers like {{"liver": 1}}, found {str(content)[:60]}')
@@ -175,11 +173,13 @@ def numbers_of(table: Iterable[tuple[str, Any]], source: str) -> dict[str, tuple
     numbers: dict[str, tuple[int, ...]] = {}
     for name, value in table:
         try:
-            values = tuple(sorted({int(v) for v in (value if isinstance(value, list) else [value])}))
-        except (TypeError, ValueError):
+            values = tuple(sorted({_whole(v) for v in (value if isinstance(value, list) else [value])}))
+        except (TypeError, ValueError, OverflowError):
             raise SegkitError(
                 f"{source}: {str(name)[:60]!r} has {str(value)[:60]!r}, expected a whole number"
             ) from None
+        if not values:
+            raise SegkitError(f"{source}: {str(name)[:60]!r} has no number")
         if values == (0,) or name.lower() == BACKGROUND:
             continue
         try:
@@ -192,3 +192,11 @@ def numbers_of(table: Iterable[tuple[str, Any]], source: str) -> dict[str, tuple
     if not numbers:
         raise SegkitError(f"{source}: names no structure")
     return dict(sorted(numbers.items()))
+
+
+def _whole(value: Any) -> int:
+    """A number or its digits. ValueError, TypeError or OverflowError for what would have to be rounded to be one."""
+    number = int(value)
+    if isinstance(value, bool) or (isinstance(value, float) and number != value):
+        raise ValueError(value)
+    return number

@@ -21,12 +21,16 @@ from nibabel.volumeutils import apply_read_scaling
 
 from segkit.errors import Findings, SubjectError
 from segkit.formats import gunzip
+from segkit.untrusted import read_file as read_regular_file
 
 ENDINGS = (".nii.gz", ".nii")
 """How the names of the files that are read here end."""
 
 PIECE = 1 << 20
 """Voxels that are looked at together."""
+
+MOST_HEADER = 1 << 20
+"""Bytes in which the header and its extensions must end; a table of 117 names has 15,000."""
 
 SIDES_MM = (0.01, 100.0)
 """Sides of voxels that a scan of a patient can have, with room on both ends."""
@@ -106,13 +110,13 @@ def open_volume(path: Path, subject: str, content: bytes | None = None) -> Volum
     """
     where = f"subject {subject}: {path}"
     with explained(where):
-        return Volume(_NiftiFile(path, path.read_bytes() if content is None else content), where)
+        return Volume(_NiftiFile(path, read_regular_file(path) if content is None else content), where)
 
 
 def read_header(path: Path, subject: str) -> nib.Nifti1Header:
     """A file's header with its extensions, without reading its voxels. Raises SubjectError as `read_volume`."""
     with explained(f"subject {subject}: {path}"):
-        return _NiftiFile(path, path.read_bytes()).header
+        return _NiftiFile(path, read_regular_file(path)).header
 
 
 def says_where_it_lies(path: Path, subject: str) -> bool:
@@ -124,7 +128,7 @@ def says_where_it_lies(path: Path, subject: str) -> bool:
 def read_file(path: Path, subject: str) -> bytes:
     """What a file holds, as it lies on disk. Raises SubjectError as `read_volume`."""
     with explained(f"subject {subject}: {path}"):
-        return path.read_bytes()
+        return read_regular_file(path)
 
 
 class Volume:
@@ -192,13 +196,17 @@ class _NiftiFile:
         self._at_most = len(content) * (gunzip.LARGEST_RATIO if packed else 1)
         self._ahead = self._source.read(4)
         self._place = 0
+        self._readable: float = MOST_HEADER
         nifti2 = self._ahead in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # size of its header, 540, either order
         self.header = (nib.Nifti2Header if nifti2 else nib.Nifti1Header).from_fileobj(self)
+        self._readable = math.inf
 
     def tell(self) -> int:
         return self._place
 
     def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._readable - self._place:
+            raise EOFError(f"expected a header of at most {MOST_HEADER:,} bytes, found a part of it with {size:,}")
         ahead, self._ahead = self._ahead[:size], self._ahead[size:]
         # not b"" + ...: the voxels are not copied
         content = ahead + self._source.read(size - len(ahead)) if ahead else self._source.read(size)
@@ -208,7 +216,7 @@ class _NiftiFile:
     def go_to_voxels(self, size: int) -> None:
         """Skip to where the `size` bytes of the voxels begin. EOFError where the file cannot hold as many."""
         start = int(self.header.get_data_offset())
-        if not self._place <= start <= start + size <= self._at_most:
+        if not self._place <= start <= start + size <= self._at_most or start > MOST_HEADER:
             raise EOFError(f"expected {size} bytes of voxels from byte {start} on, more than the file can hold")
         self.read(start - self._place)
 

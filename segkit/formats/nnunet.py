@@ -6,7 +6,6 @@ written the other way round). A folder imagesTs with labelsTs holds test cases.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from segkit.errors import SegkitError
 from segkit.formats.label_image import LabelImage, numbers_of
 from segkit.formats.nifti import ENDINGS
+from segkit.untrusted import read_json
 
 _SPLITS = (("Tr", None), ("Ts", "test"))
 
@@ -36,13 +36,13 @@ def is_nnunet_folder(folder: Path) -> bool:
 def find_cases(folder: Path) -> Iterator[Case]:
     """The cases of a raw data folder. Raises SegkitError for a `dataset.json` that does not say what is needed."""
     path = folder / "dataset.json"
+    content = read_json(path, "write it as nnU-Net needs it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         ending = content.get("file_ending", ".nii.gz")
         channels = content.get("channel_names", content.get("modality"))
-        labels = dict(content["labels"])
+        labels = {**content["labels"]}
         channels = {int(number): str(name) for number, name in channels.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SegkitError(
             f"{path}: expected channel_names, labels and file_ending, as nnU-Net needs ({error!r})"
         ) from None
@@ -51,6 +51,8 @@ def find_cases(folder: Path) -> Iterator[Case]:
     if all(isinstance(name, str) for name in labels.values()):  # nnU-Net 1: number -> name
         labels = {name: number for number, name in labels.items()}
     ignored = labels.pop("ignore", None)
+    if ignored is not None and type(ignored) is not int:
+        raise SegkitError(f"{path}: ignore has {str(ignored)[:60]!r}, expected a whole number")
     numbers = numbers_of(labels.items(), str(path))
     channel = _ct_channel(channels, path)
     for part, split in _SPLITS:

@@ -16,12 +16,16 @@ import numpy as np
 from segkit.errors import SubjectError
 from segkit.formats import gunzip
 from segkit.formats.nifti import Grid, explained, usable_grid
+from segkit.untrusted import read_file
 
 ENDINGS = (".nrrd",)
 """How the names of the files that are read here end."""
 
 MOST_HEADER = 1 << 20
 """Bytes in which the header must end."""
+
+LONGEST_FIELD = 1000
+"""Characters: the four vectors of a place in space have 100. What is longer could take hours to look through."""
 
 _NAMES = {
     "i1": "signed char, int8, int8_t",
@@ -54,7 +58,7 @@ def read_volume(path: Path, subject: str) -> tuple[np.ndarray, Grid]:
     """
     where = f"subject {subject}: {path}"
     with explained(where, "NRRD"):
-        content = path.read_bytes()
+        content = read_file(path)
         fields, start = _read_header(content, where)
         shape, dtype = _layout(fields, where)
         grid = usable_grid(shape, _affine(fields, where), where)
@@ -81,6 +85,8 @@ def _read_header(content: bytes, where: str) -> tuple[dict[str, str], int]:
         name = name.strip().lower()
         if not colon or name in fields:
             raise SubjectError(f"{where}: damaged header: {'comes twice' if colon else 'no field'}: {line[:60]!r}")
+        if len(value) > LONGEST_FIELD:
+            raise SubjectError(f"{where}: damaged header: {name[:60]!r} has {len(value):,} characters")
         fields[name] = value.strip()
     _refuse_what_is_not_read(fields, where)
     return fields, end.end()

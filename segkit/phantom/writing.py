@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from isal import igzip
 from joblib import Parallel, delayed
 
 from segkit.errors import SegkitError
+from segkit.runs import write_whole, write_whole_folder
 
 from .subject import NAMES, Phantom, Traits, make_phantom, traits_of
 
@@ -66,16 +65,8 @@ def write_phantoms(
 
 
 def _write_subject(target: Path, seed: int, number: int, detail: float) -> None:
-    """Write one subject under a hidden temporary name, then rename it: a reader never sees half a subject."""
     phantom = make_phantom(seed, number, detail)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write_files(phantom, draft)
-        draft.chmod(0o755)  # mkdtemp makes it private
-        draft.rename(target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    write_whole_folder(target, lambda draft: _write_files(phantom, draft))
 
 
 def _write_files(phantom: Phantom, folder: Path) -> None:
@@ -128,9 +119,8 @@ def _write_meta(folder: Path, targets: list[Path], seed: int) -> None:
     rows = [META_COLUMNS]
     for number, (target, split) in enumerate(zip(targets, splits_of(len(targets), seed), strict=True)):
         rows.append(_meta_row(target.name, split, traits_of(seed, number)))
-    draft = folder / ".meta.csv"
-    draft.write_text("\n".join(rows) + "\n", encoding="utf-8-sig", newline="\n")
-    draft.replace(folder / "meta.csv")
+    text = "\n".join(rows) + "\n"
+    write_whole(folder / "meta.csv", lambda draft: draft.write_text(text, encoding="utf-8-sig", newline="\n"))
 
 
 def _meta_row(name: str, split: str, traits: Traits) -> str:
