@@ -10,7 +10,8 @@ import pandas as pd
 
 from segkit.errors import SegkitError
 from segkit.labels import group_of
-from segkit.summaries import MEASURES, interval, over_structures, structure_means, values_of
+from segkit.metrics import MEASURES
+from segkit.summaries import interval, over_structures, structure_means, values_of
 
 ALL = "all structures"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -134,6 +135,17 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise SegkitError(f"{folder}: cannot be made a folder ({error.strerror}); choose another OUTPUT_DIR") from error
     return folder
+
+
+def check_temporary_folder() -> None:
+    """Raise SegkitError where the system has no folder for temporary files that can be written to, as torch wants."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SegkitError(
+            f"no room for temporary files ({error.strerror}): make room there, or name another folder in TMPDIR, and "
+            "run it again"
+        ) from error
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:

@@ -19,7 +19,16 @@ from segkit.interrupts import Interrupts
 from segkit.locks import alone
 from segkit.ranks import Ranks, join_ranks
 from segkit.record import make_record
-from segkit.runs import PREDICTIONS_LOCK, RUN_LOCK, is_half_moved, make_folder, start_run, sweep, write_json
+from segkit.runs import (
+    PREDICTIONS_LOCK,
+    RUN_LOCK,
+    check_temporary_folder,
+    is_half_moved,
+    make_folder,
+    start_run,
+    sweep,
+    write_json,
+)
 from segkit.schedule import learning_rate, should_stop
 from segkit.settings import TrainSettings, changed
 from segkit.slabs import open_items, tiles
@@ -84,6 +93,7 @@ def train(
     is no longer a number, where a file cannot be written, and where another process trains into `output_dir`.
     """
     settings, output_dir = settings.checked(), Path(output_dir)
+    check_temporary_folder()
     ranks = ranks or join_ranks(settings.device)
     with no_other_training(output_dir, ranks):
         return _train(data, settings, output_dir, on_epoch, progress, resume, ranks)

@@ -15,7 +15,7 @@ import pytest
 
 from segkit import dataset, phantom, steps
 
-pytest_plugins = ["fault_table"]
+pytest_plugins = ["fault_table", "fault_processes"]
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).resolve().parents[1]

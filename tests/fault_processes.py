@@ -13,16 +13,12 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-if sys.platform != "linux":
-    import pytest
-
-    pytest.skip("forks, limits and pipes of Linux", allow_module_level=True)
-import fcntl
-import resource
+import pytest
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 
@@ -43,13 +39,12 @@ class Ended:
 
 
 class Forks:
-    """`with Forks("test_x", folder) as forks: forks.run("test_x:function", ...)`."""
+    """`with Forks(folder) as forks: forks.run("test_x:function", ...)`; children work in `folder`."""
 
-    def __init__(self, module: str, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment, cwd=folder,
         )  # fmt: skip
 
@@ -87,6 +82,24 @@ class Forks:
         return self.wait()
 
 
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """A process that forks; `second` is another one, for what runs beside it."""
+    yield from _started(tmp_path_factory.mktemp("first"))
+
+
+@pytest.fixture(scope="session")
+def second(tmp_path_factory):
+    yield from _started(tmp_path_factory.mktemp("second"))
+
+
+def _started(folder: Path) -> Iterator[Forks]:
+    if sys.platform != "linux":
+        pytest.skip("forks, limits and pipes of Linux")
+    with Forks(folder) as forks:
+        yield forks
+
+
 def shell(*arguments: str) -> None:
     """`python -m segkit ...`, as a function."""
     from segkit.__main__ import main
@@ -95,15 +108,15 @@ def shell(*arguments: str) -> None:
     main()
 
 
-def _serve(module: str) -> None:
+def _serve() -> None:
     import segkit.__main__
     import segkit.predicting
     import segkit.report
     import segkit.training  # noqa: F401
 
-    import_module(module)
     for line in sys.stdin:
         job = json.loads(line)
+        import_module(job["function"].split(":")[0])  # once, for this child and those to come
         started = time.perf_counter()
         pipes = [_pipe() for _ in range(3)]
         child = os.fork()
@@ -129,6 +142,8 @@ def _serve(module: str) -> None:
 def _pipe() -> tuple[int, int]:
     """What a child prints goes into a pipe: a file would be too large where files have no room."""
     out_of, into = os.pipe()
+    import fcntl
+
     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 1 << 20)
     return out_of, into
 
@@ -156,6 +171,8 @@ def _child(job: dict, out: int, err: int, result: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if job["largest_file"] is not None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], resource.RLIM_INFINITY))
     try:
         module, name = job["function"].split(":")
@@ -192,4 +209,4 @@ def left_over(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve()

@@ -8,13 +8,15 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_nifti, write_subject
-from fault_processes import Ended, Forks, files_of, left_over
+from fault_processes import Ended, files_of, left_over
 from test_download import NAME, archive, server, source  # noqa: F401  fixtures
 from test_predicting import Bright, scan_file
 
@@ -38,12 +40,6 @@ FORMATS = ("nifti", "masks", "slicer", "csv", "stl")
 EXPECTED = "after the restart all is as if nobody had killed it; nothing half written, no temporary files left"
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks("test_faults_kills", tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
-
-
 def moments(whole: Ended, by_time: int, by_change: int) -> list[dict]:
     """When to kill: spread at random over the time that `whole` took, and before changes of files that it made."""
     assert whole.code == 0, whole.err
@@ -57,16 +53,22 @@ class Kills:
     """Counts what the kills of one row hit."""
 
     def __init__(self):
-        self.tries = self.hits = self.left = 0
+        self.hits = self.left = 0
 
-    def note(self, ended: Ended, left: object) -> None:
-        assert ended.killed or ended.code == 0, ended.err
-        self.tries += 1
-        self.hits += ended.killed
-        self.left += bool(left)
+    def hit(self, run: Callable[..., Ended], folder: Path, moment: dict, left: Callable[[Path], object] = left_over):
+        """Let `run` begin anew in `folder` until it is killed there: on a busy machine a moment may come too late."""
+        for _ in range(9):
+            ended = run(folder, **moment)
+            if ended.killed:
+                self.hits += 1
+                self.left += bool(left(folder))
+                return
+            assert ended.code == 0, ended.err
+            shutil.rmtree(folder, ignore_errors=True)
+            moment = {name: type(value)(value / 2) for name, value in moment.items()}
+        raise AssertionError(f"never killed, the last time {moment}")
 
     def into(self, row) -> None:
-        assert self.hits >= 0.7 * self.tries  # some kills come when all is done
         row.times = self.hits
         row.seen = f"as expected; {self.left} of the kills left temporary files, which the restart removed"
 
@@ -79,12 +81,12 @@ def stage_all(data: str, store: str, jobs: int) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_staging(forks, tmp_path, fault, many, jobs):
+def test_staging(first, tmp_path, fault, many, jobs):
     """Into a store that holds one of the subjects as it was before its files changed, and lacks the others.
 
     Workers outlive the process that is killed, for a while.
     """
-    by_time, by_change = (many(4, 25), many(6, 60)) if jobs == 1 else (many(0, 8), 0)
+    by_time, by_change = (many(4, 25), many(6, 25)) if jobs == 1 else (many(0, 6), 0)
     if not by_time:
         pytest.skip("starting workers again and again takes long: make faults")
     what = "staging" if jobs == 1 else f"staging with {jobs} workers"
@@ -100,7 +102,7 @@ def test_staging(forks, tmp_path, fault, many, jobs):
     def run(store: Path, **how) -> Ended:
         if not store.exists():
             shutil.copytree(home, store)
-        return forks.run("test_faults_kills:stage_all", tmp_path / "data", store, jobs, **how)
+        return first.run("test_faults_kills:stage_all", tmp_path / "data", store, jobs, **how)
 
     whole = run(tmp_path / "whole")
     older, expected = files_of(home), files_of(tmp_path / "whole")
@@ -108,7 +110,7 @@ def test_staging(forks, tmp_path, fault, many, jobs):
     kills = Kills()
     for number, moment in enumerate(moments(whole, by_time, by_change)):
         store = tmp_path / str(number)
-        kills.note(run(store, **moment), left_over(store))
+        kills.hit(run, store, moment)
         if jobs == 1:  # else a worker may just be writing
             assert_whole_folders(files_of(store), older, expected)
         again = run(store)
@@ -143,7 +145,7 @@ def train_here(data: str, store: str, folder: str, members: int, resume: bool, e
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_training(forks, phantom_data, tmp_path, fault, many, members):
+def test_training(first, phantom_data, tmp_path, fault, many, members):
     """Into a folder that holds an older run, which moves away first."""
     what = "training" if members == 1 else f"training of {members} members"
     row = fault(f"{what} killed at random moments and between changes of files", EXPECTED)
@@ -153,20 +155,20 @@ def test_training(forks, phantom_data, tmp_path, fault, many, members):
         if not folder.exists() and epochs == 2:
             shutil.copytree(tmp_path / "before", folder)
         function = "test_faults_kills:train_here"
-        return forks.run(function, phantom_data.folder, store, folder, members, resume, epochs, **how)
+        return first.run(function, phantom_data.folder, store, folder, members, resume, epochs, **how)
 
     assert run(tmp_path / "before", False, epochs=1).code == 0
     older = files_of(tmp_path / "before")
     whole = run(tmp_path / "whole", False)
     kills = Kills()
-    by_time, by_change = (many(2, 25), many(3, 15)) if members == 1 else (many(1, 6), many(1, 6))
+    by_time, by_change = (many(2, 25), many(2, 10)) if members == 1 else (many(1, 4), many(1, 4))
     for number, moment in enumerate(moments(whole, by_time, by_change)):
         folder = tmp_path / str(number)
-        kills.note(run(folder, False, **moment), left_over(folder))
+        kills.hit(partial(run, resume=False), folder, moment)
         assert_readable(folder)
         begun = not older.items() <= files_of(folder).items()  # else nothing has happened yet
         if number % 2 and begun:  # the restart is killed, too
-            kills.note(run(folder, True, kill_after=whole.seconds / 4), left_over(folder))
+            run(folder, True, kill_after=whole.seconds / 8)
         again = run(folder, resume=begun)
         assert again.code == 0, again.err
         assert_same_run(folder, tmp_path / "whole")
@@ -218,21 +220,21 @@ def predict_all(scans: str, out: str) -> None:
     list(predict_scans(predictor, find_scans(scans), out, FORMATS, progress=False, resume=True))
 
 
-def test_predicting(forks, tmp_path, fault, many):
+def test_predicting(first, tmp_path, fault, many):
     row = fault("predicting three scans killed at random moments and between changes of files", EXPECTED)
     for seed, name in enumerate("abc"):
         scan_file(tmp_path / "in" / f"{name}.nii.gz", seed=seed)
 
     def run(out: Path, **how) -> Ended:
-        return forks.run("test_faults_kills:predict_all", tmp_path / "in", out, **how)
+        return first.run("test_faults_kills:predict_all", tmp_path / "in", out, **how)
 
     whole = run(tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
     assert len(expected) == 3 * 8
     kills = Kills()
-    for number, moment in enumerate(moments(whole, many(4, 25), many(6, 60))):
+    for number, moment in enumerate(moments(whole, many(4, 25), many(6, 25))):
         out = tmp_path / str(number)
-        kills.note(run(out, **moment), left_over(out))
+        kills.hit(run, out, moment)
         found = files_of(out)
         tops = {name.split("/")[0] for name in found}
         assert found == {name: content for name, content in expected.items() if name.split("/")[0] in tops}
@@ -251,22 +253,22 @@ def fetch(folder: str, url: str, size: int, md5: str, keep: bool) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_downloading(forks, server, source, archive, tmp_path, fault, many, keep):  # noqa: F811
+def test_downloading(first, server, source, archive, tmp_path, fault, many, keep):  # noqa: F811
     row = fault(f"downloading {'and keeping the archive ' * keep}killed at random moments", EXPECTED)
     server.pause = 0.0005  # after each 8 kB
 
     def run(folder: Path, **how) -> Ended:
         digest = hashlib.md5(archive).hexdigest()
-        return forks.run("test_faults_kills:fetch", folder, server.url(), len(archive), digest, keep, **how)
+        return first.run("test_faults_kills:fetch", folder, server.url(), len(archive), digest, keep, **how)
 
     whole = run(tmp_path / "whole")
     expected = {**files_of(source), **({NAME: archive} if keep else {})}
     assert files_of(tmp_path / "whole") == expected
     kills = Kills()
     stages = set()
-    for number, moment in enumerate(moments(whole, many(6, 25), many(10, 80))):
+    for number, moment in enumerate(moments(whole, many(6, 25), many(10, 25))):
         folder = tmp_path / str(number)
-        kills.note(run(folder, **moment), list(folder.glob(".download/unpacking")))
+        kills.hit(run, folder, moment, left=lambda folder: list(folder.glob(".download/unpacking")))
         found = files_of(folder)
         tops = {name.split("/")[0] for name in found}
         assert found == {name: content for name, content in expected.items() if name.split("/")[0] in tops}
