@@ -2,15 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo test faults lab check lint format lock clean
+.PHONY: help demo test coverage faults lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
 	@echo "make test    all tests"
+	@echo "make coverage  all tests, and which lines of segkit/ they run"
 	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and mypy on segkit/"
 	@echo "make lock    pins and licences of all that is installed, after a change of requirements.txt"
 
 $(READY): requirements.txt requirements.lock pyproject.toml
@@ -25,6 +26,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+coverage: $(READY)
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
+
 faults: $(READY)
 	SEGKIT_FAULTS=docs/reliability.md $(BIN)/python -m pytest tests/test_faults_*.py
 
@@ -38,6 +43,7 @@ check: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

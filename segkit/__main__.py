@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -352,18 +353,18 @@ def _report(problems: list[Finding]) -> None:
         print(f"{problem.severity}: {problem}", file=sys.stderr)
 
 
+def _say_on_one_line(message: Warning | str, *_: object) -> None:
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
+
+
 def _said(text: object) -> str:
     """A message of several lines for a terminal: names of files in it may hold what moves its cursor."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def _say_on_one_line(message: Warning | str, *_: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def main() -> None:
     """Run a verb. What is wrong with input, files or disk is printed as one line, with exit code 1."""
-    warnings.showwarning = _say_on_one_line  # a person who runs a verb has no use for the line of code
+    warnings.showwarning = _say_on_one_line  # type: ignore[assignment]  # a person who runs a verb has no use for the line of code
     verbs = (phantom, download, audit, stage, train, evaluate, compare, predict, share, demo, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -372,6 +373,8 @@ def main() -> None:
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+    except BrokenPipeError:  # whoever read along, like head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (SegkitError, OSError) as error:
         sys.exit(f"segkit: {_said(error)}")
     except KeyboardInterrupt:

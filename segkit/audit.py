@@ -115,10 +115,11 @@ def write_audit(table: pd.DataFrame, path: str | Path) -> Path:
 
 
 def _row_of(finding: Finding) -> Row:
-    texts = (finding.subject, finding.severity, finding.kind, finding.structure, finding.message)
-    # names on disk need not be UTF-8
-    value = np.nan if finding.value is None else finding.value
-    return Row(*(text.encode("utf-8", "backslashreplace").decode() for text in texts), value)
+    subject, severity, kind, structure, message = (
+        text.encode("utf-8", "backslashreplace").decode()  # names on disk need not be UTF-8
+        for text in (finding.subject, finding.severity, finding.kind, finding.structure, finding.message)
+    )
+    return Row(subject, severity, kind, structure, message, np.nan if finding.value is None else finding.value)
 
 
 def _row(subject: Subject, kind: str, text: str, value: float, structure: str = "", severity: str = "warning") -> Row:
@@ -136,7 +137,7 @@ def _audit_subject(subject: Subject) -> tuple[list[Row], str | None]:
     hu, labels = grid.to_canonical(hu), labels.with_codes(grid.to_canonical(labels.codes))
     digest = hashlib.blake2b(str(hu.shape).encode())
     for plane in hu:
-        digest.update(np.ascontiguousarray(plane))
+        digest.update(np.ascontiguousarray(plane).data)
     places = _Places.of(hu, labels, grid)
     judged = [check(subject, places) for check in (_misplaced, _wrong_way_round, _overlaps)]
     return [*map(_row_of, findings), *chain(*judged)], digest.hexdigest()

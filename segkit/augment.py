@@ -101,7 +101,7 @@ def examples(
 ) -> list[tuple[str, np.ndarray, CodeVolume, tuple[float, float]]]:
     """A slice as the network sees it, then varied `count` times: samples as `pictures.plot_slices` takes them."""
     batch = collate([(number, data[item]) for number in range(count)])
-    names = tuple(sorted(data.label_map, key=data.label_map.get))
+    names = tuple(sorted(data.label_map, key=data.label_map.__getitem__))
     middle = batch.hu.shape[1] // 2
     samples = []
     for title, variation in (("as it is", None), ("varied", draw(settings, seed, 1, range(count)))):

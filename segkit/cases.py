@@ -80,8 +80,8 @@ def plot_cases(cases: Sequence[tuple[str, np.ndarray, CodeVolume, CodeVolume, Se
     figure, axes = plt.subplots(len(cases), 3, figsize=size, squeeze=False, layout="constrained")
     for row, (name, hu, reference, prediction, spacing_mm) in zip(axes, cases, strict=True):
         box = box_around(reference, prediction, spacing_mm)
-        both = [volume.with_codes(volume.codes[box]) for volume in (reference, prediction)]
-        _show_case(row, hu[box], *both, spacing_mm)
+        inside, predicted = (volume.with_codes(volume.codes[box]) for volume in (reference, prediction))
+        _show_case(row, hu[box], inside, predicted, spacing_mm)
         row[0].set_title(name, fontsize=10, loc="left")
     figure.suptitle(title, fontsize=11)
     handles = [*outline_handles(), *difference_handles()[:3]]  # one structure cannot be taken for another one
@@ -135,7 +135,7 @@ def box_around(
 
 def _scale_bar(axes: Axes, spacing_mm: Sequence[float]) -> None:
     """A white line of BAR_MM at the lower left, with its length."""
-    rows, columns = axes.images[0].get_array().shape[:2]
+    rows, columns = axes.images[0].get_size()
     left, y, length = 0.05 * columns, 0.94 * rows, BAR_MM / spacing_mm[1]
     dark = [withStroke(linewidth=4, foreground="black", alpha=0.6)]
     axes.plot([left, left + length], [y, y], color="white", lw=2, path_effects=dark)

@@ -12,6 +12,7 @@ import torch
 from segkit.devices import autocast, describe_device, fast_dtype, pick_device
 from segkit.errors import SegkitError
 from segkit.losses import ModelWithLoss
+from segkit.networks import on_device
 from segkit.slices import Targets
 from segkit.unet import UNet2D
 
@@ -56,7 +57,7 @@ def _missing(packages: Sequence[str]) -> list[str]:
 
 def _step_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """Median seconds of five training steps after a warm-up."""
-    model = ModelWithLoss(UNet2D(), torch.ones(117)).to(device, memory_format=torch.channels_last)
+    model = on_device(ModelWithLoss(UNet2D(), torch.ones(117)), device)
     images = torch.randn(4, 1, 128, 128, device=device).contiguous(memory_format=torch.channels_last)
     codebook = torch.cat([torch.zeros(1, 117), torch.eye(117)]).bool().expand(4, -1, -1).to(device)
     codes = torch.arange(118, device=device).repeat(4, 140)[:, : 128 * 128].reshape(4, 128, 128)

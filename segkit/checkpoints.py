@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -221,7 +222,7 @@ def _wrong_in_state(state: TrainingState) -> str | None:
     return None if finite else "weights that are not finite"
 
 
-def _is_score(value: object) -> bool:
+def _is_score(value: Any) -> bool:
     """Whether it is a Dice as a history holds it, None where nothing was scored."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and UNSCORED <= value <= 1)

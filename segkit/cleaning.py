@@ -64,8 +64,10 @@ class _Runs:
 
     def of(self, those: np.ndarray) -> _Runs:
         """Some of them, given by their places, rising."""
-        kept = (values[those] for values in (self.first, self.start, self.stop, self.codes, self.border))
-        return _Runs(*kept, self.steps)
+        first, start, stop, codes, border = (
+            values[those] for values in (self.first, self.start, self.stop, self.codes, self.border)
+        )
+        return _Runs(first, start, stop, codes, border, self.steps)
 
 
 def keep_largest(volume: CodeVolume, best: np.ndarray) -> tuple[CodeVolume, np.ndarray]:
@@ -130,10 +132,11 @@ def _find_runs(codes: np.ndarray) -> _Runs:
         values.append(code[inside].astype(np.int64))
     first, length = np.concatenate(firsts), np.concatenate(lengths)
     row, x = np.divmod(first, width)
-    z, y = np.divmod(row, height)
-    border = (x == 0) | (x + length == width) | (y == 0) | (y == height - 1) | (z == 0) | (z == depth - 1)
+    layer_of, y = np.divmod(row, height)
+    at_ends = (layer_of == 0) | (layer_of == depth - 1)
+    border = (x == 0) | (x + length == width) | (y == 0) | (y == height - 1) | at_ends
     line, layer = width + 1, (height + 1) * (width + 1)
-    start = z * layer + y * line + x
+    start = layer_of * layer + y * line + x
     steps = (-line, -layer - line, -layer, -layer + line)
     return _Runs(first, start, start + length, np.concatenate(values), border, steps)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +19,9 @@ from segkit.labels import check_name
 
 MOST_IN_CODEBOOK = 1 << 28
 """Codes times structures: beyond, a file is damaged. 117 structures of a body have some hundred codes."""
+
+Order = Literal["C", "F"]
+"""How arrays lie in memory: last axis together, or first, as NIfTI stores them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def smallest_dtype(codes: int) -> np.dtype:
     return np.dtype(np.uint8 if codes <= 256 else np.uint16 if codes <= 65536 else np.uint32)
 
 
-def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: Order = "C") -> CodeVolume:
     """One CodeVolume of `shape` from (name, mask) pairs, each mask bool or number of that shape; > 0 is inside.
 
     Masks are taken one at a time, so that a generator keeps the memory at one mask. `order` is the memory layout of
@@ -159,7 +163,7 @@ def encode(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], orde
     return encode_places(places(), shape, order)
 
 
-def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: str = "C") -> CodeVolume:
+def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], order: Order = "C") -> CodeVolume:
     """As `encode`, from (name, where the mask is above 0 in a flat volume of memory layout `order`) pairs.
 
     Raises SegkitError for a name that comes twice.
@@ -194,7 +198,7 @@ def encode_places(places: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ..
     return writer.finish(flat.reshape(shape, order=order), np.array(voxels))
 
 
-def places_inside(mask: np.ndarray, order: str = "C") -> np.ndarray:
+def places_inside(mask: np.ndarray, order: Order = "C") -> np.ndarray:
     """Where a mask is above 0, rising: places in its flat memory of layout `order` ("F": NIfTI's), int64 (n,)."""
     flat = mask.ravel(order=order)
     if flat.dtype not in (np.uint8, np.bool_):
@@ -216,8 +220,8 @@ def codebook_to_json(volume: CodeVolume) -> dict:
 def codebook_from_json(content: Mapping, codes: np.ndarray, source: str) -> CodeVolume:
     """The reverse of `codebook_to_json`, for codes of any shape.
 
-    Raises SegkitError that names `source` for content that does not fit: the names are safe (`labels.check_name`), and
-    every one of `codes` is in the codebook.
+    The names are safe (`segkit.labels.check_name`), and every one of `codes` is in the codebook. Raises SegkitError
+    that names `source` for content that does not fit.
     """
     try:
         structures, members = content["structures"], content["codebook"]

@@ -37,7 +37,7 @@ _NO_ROOM = {
 
 def unwritable(path: object, error: OSError, then: str = "what was there before is unchanged") -> UnwritableError:
     """What to raise where `path` cannot be written. `then`: what comes of running it again, or has become of it."""
-    reason = _NO_ROOM.get(errorcode.get(error.errno, ""), f"{error.strerror or error}; put that right")
+    reason = _NO_ROOM.get(errorcode.get(error.errno or 0, ""), f"{error.strerror or error}; put that right")
     return UnwritableError(f"{path}: {reason} and run it again, {then}")
 
 

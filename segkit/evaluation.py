@@ -137,7 +137,7 @@ def evaluate_round_trip(
     progress: bool = True,
 ) -> Evaluation:
     """The tables of `evaluate` for the reference itself, sent through `target_shape` and back to the scan's grid."""
-    structures = tuple(sorted(label_map, key=label_map.get))
+    structures = tuple(sorted(label_map, key=label_map.__getitem__))
     return _score_all(
         partial(round_trip, structures=structures, target_shape=target_shape),
         staged,
@@ -180,11 +180,12 @@ def _score_part(
     predict: Callable[[StagedSubject], CodeVolume], subject: StagedSubject, part: Part, split: str, scoring: Scoring
 ) -> Evaluation | str:
     """The rows of one subject, or why there are none."""
-    volumes = subject.labels(), predict(subject)
+    volumes = [subject.labels(), predict(subject)]
     if part.slabs is not None:
-        volumes = tuple(_within(volume, part.slices(subject.shape[0])) for volume in volumes)
+        volumes = [_within(volume, part.slices(subject.shape[0])) for volume in volumes]
+    reference, prediction = volumes
     try:
-        return score_subject(subject.name, split, *volumes, subject.spacing_mm, scoring)
+        return score_subject(subject.name, split, reference, prediction, subject.spacing_mm, scoring)
     except SubjectError as error:
         return str(error)
 

@@ -41,9 +41,8 @@ LINEAR_TO_MM = 1.0  # axes of distances are linear up to here, logarithmic above
 
 def plot_unet(network: UNet2D, target_shape: tuple[int, int] = (256, 256)) -> Figure:
     """The network as data walk through it: down the left side, up the right one, channels and pixels of each level."""
-    channels = [level[0].out_channels for level in network.down]
-    levels = len(channels)
-    widths = [*channels, network.bottleneck[0].out_channels, *reversed(channels)]
+    levels = len(network.features)
+    widths = [*network.features, 2 * network.features[-1], *reversed(network.features)]
     depths = [*range(levels), levels, *reversed(range(levels))]
     figure, axes = plt.subplots(figsize=(11, 0.9 + 0.62 * (levels + 1)), layout="constrained")
     for place, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -212,7 +211,7 @@ def plot_volume(scores: pd.DataFrame, split: str) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"Dice over volume, {counted(len(held), 'case')}, {split} split", fontsize=10)
     legend = axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    for handle in legend.legend_handles:
+    for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
     axes.grid(alpha=0.3)
     return figure

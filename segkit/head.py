@@ -6,7 +6,7 @@ convolution, the loss and its gradient are computed and folded into the gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class _Chunk:
     x: torch.Tensor  # features (n, F)
     z: torch.Tensor  # logits (n, A), float32 or float64; the last to need them may write over them
     low: torch.Tensor  # room of the same shape in the features' precision
-    room: tuple[torch.Tensor, torch.Tensor]  # and twice in that of the logits
+    room: Sequence[torch.Tensor]  # and twice in that of the logits
     inside: torch.Tensor  # where in the flattened z a pixel is inside of a structure, int64 (T,), none twice
     channels: torch.Tensor  # of which structure, int64 (T,), among all channels
 
@@ -140,7 +140,7 @@ class ChunkedHead(torch.autograd.Function):
             for chunk in batch.chunks():
                 loss, slope = _loss_and_slope(chunk, asked, dice)
                 total += loss
-                if asked.gradients:
+                if asked.gradients and slope is not None:
                     _add_gradients(grads, chunk, slope, scaled)
         for grad in grads[1:]:
             grad.mul_(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,8 +72,9 @@ class Predictor:
         models = [model] if isinstance(model, nn.Module) else list(model)
         self.models = [on_device(each, self.device).eval() for each in models]
         self.label_map = dict(label_map)
-        self.structures = tuple(sorted(label_map, key=label_map.get))
-        self.target_shape = tuple(target_shape)  # the network itself refuses a shape that it cannot halve
+        self.structures = tuple(sorted(label_map, key=label_map.__getitem__))
+        rows, columns = target_shape
+        self.target_shape = (rows, columns)  # the network itself refuses a shape that it cannot halve
         self.logit_thresholds = torch.tensor(logit(thresholds), dtype=torch.float32)
         # the networks take turns with a batch: all of their logits together need the memory of one network's
         self.batch_size = max(1, batch_size // len(self.models))
@@ -127,7 +129,7 @@ class Predictor:
 
     def segment(
         self,
-        scan: StagedSubject,
+        scan: Any,
         mirror: bool = False,
         largest: bool = False,
         uncertainty: bool = False,
@@ -143,9 +145,10 @@ class Predictor:
         unsure = np.zeros(scan.shape, np.float16) if uncertainty else None
         for z, logits, plane, way in self._slices(scan, range(scan.shape[0]), mirror, uncertainty, progress):
             collector.add(z, logits, self.logit_thresholds, way)
-            if unsure is not None:
+            if unsure is not None and plane is not None:
                 unsure[z] = way.whole(plane.cpu().numpy())
         codes, best = collector.finish()
+        assert best is not None  # it was asked to keep it
         if largest:
             codes, best = keep_largest(codes, best)
         return Segmentation(codes, best, unsure)
@@ -183,10 +186,10 @@ class Predictor:
         parts = [Part(subject.name, tuple((z, z + 1) for z in slices))]
         depth = getattr(model, "depth", 1)
         if depth > 1:
-            data = SlabDataset({subject.name: subject}, parts, self.label_map, depth, windows)
-            yield from self._blend(model, data, slices, mirror)
+            slabs = SlabDataset({subject.name: subject}, parts, self.label_map, depth, windows)
+            yield from self._blend(model, slabs, slices, mirror)
             return
-        data = SliceDataset({subject.name: subject}, parts, self.label_map, model.in_channels // 2)
+        data = SliceDataset({subject.name: subject}, parts, self.label_map, getattr(model, "in_channels", 1) // 2)
         for batch in batches(data, range(len(data)), self.batch_size):
             yield self._run(model, batch, mirror, data), batch
 

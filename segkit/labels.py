@@ -79,7 +79,8 @@ def color_of(name: str) -> str:
 
 def rgb_of(name: str) -> tuple[int, int, int]:
     """The structure's colour as (red, green, blue), 0 to 255."""
-    return tuple(bytes.fromhex(color_of(name)[1:]))
+    red, green, blue = bytes.fromhex(color_of(name)[1:])
+    return red, green, blue
 
 
 def partner_of(name: str) -> str | None:
@@ -163,6 +164,6 @@ def mirrored_channels(label_map: Mapping[str, int]) -> list[int | None]:
     A structure without a side keeps its channel.
     """
     return [
-        channel if partner_of(name) is None else label_map.get(partner_of(name))
+        channel if (partner := partner_of(name)) is None else label_map.get(partner)
         for name, channel in sorted(label_map.items(), key=lambda item: item[1])
     ]

@@ -6,7 +6,8 @@ term MONAI's DiceLoss. How they are computed: `segkit.head`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from torch import nn
 from segkit.choices import LOSSES, Terms
 from segkit.head import Asked, ChunkedHead
 from segkit.slices import Targets
-from segkit.unet import UNet2D
 
 
 def head_loss(
@@ -49,9 +49,11 @@ def annotated_number(targets: Targets) -> torch.Tensor:
 class ModelWithLoss(nn.Module):
     """`model(images, targets) -> loss`, so that autocast and data parallel wrappers see network and loss as one."""
 
-    def __init__(self, network: UNet2D, pos_weight: torch.Tensor, terms: Terms = LOSSES["bce"]):
+    pos_weight: torch.Tensor
+
+    def __init__(self, network: nn.Module, pos_weight: torch.Tensor, terms: Terms = LOSSES["bce"]):
         super().__init__()
-        self.network = network
+        self.network: Any = network  # what it has: `segkit.networks`
         self.terms = terms
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
@@ -63,7 +65,7 @@ class ModelWithLoss(nn.Module):
 
 
 def structure_frequencies(
-    voxels: Sequence[tuple[Mapping[str, int], int]], label_map: Mapping[str, int]
+    voxels: Iterable[tuple[Mapping[str, int], int]], label_map: Mapping[str, int]
 ) -> torch.Tensor:
     """f = (voxels + 1) / (annotated voxels + 2) of each channel, float64 (C,).
 
@@ -83,12 +85,13 @@ def positive_weights(frequencies: torch.Tensor, cap: float) -> torch.Tensor:
     return frequencies.rsqrt().clamp(max=cap)
 
 
-def start_bias(head: nn.Conv2d, frequencies: torch.Tensor, pos_weight: torch.Tensor) -> None:
+def start_bias(head: nn.Conv2d | nn.Conv3d, frequencies: torch.Tensor, pos_weight: torch.Tensor) -> None:
     """Set the head's bias to logit(w f / (w f + 1 - f)), what the loss would make of it without any image.
 
     frequencies, pos_weight: (C,), as many as the head has channels.
     From 0, where every voxel starts as half inside, the first hundreds of steps only lower the bias (Lin et al. 2017,
     https://arxiv.org/abs/1708.02002, section 4.1, has the idea for one class).
     """
+    assert head.bias is not None  # every head has one
     with torch.no_grad():
         head.bias.copy_(torch.log(pos_weight * frequencies / (1 - frequencies)))

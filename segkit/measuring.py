@@ -23,7 +23,7 @@ def measure(volume: CodeVolume, hu: np.ndarray, grid: Grid) -> pd.DataFrame:
     boxes = volume.with_codes(grid.from_canonical(volume.codes)).boxes()
     rows = []
     for column, name in enumerate(volume.structures):
-        row = {"structure": name, "group": group_of(name)}
+        row: dict[str, object] = {"structure": name, "group": group_of(name)}
         row |= {"volume_ml": voxels[column] * voxel_ml, "voxels": int(voxels[column])}
         if name in boxes:
             row |= {"mean_hu": mean[column], "sd_hu": sd[column]} | _place(boxes[name], grid.shape)
@@ -51,7 +51,7 @@ def _statistics(volume: CodeVolume, hu: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _place(box: tuple[slice, ...], shape: tuple[int, int, int]) -> dict:
-    place = {}
+    place: dict[str, object] = {}
     for axis, side in zip("ijk", box, strict=True):
         place |= {f"{axis}_first": side.start, f"{axis}_last": side.stop - 1}
     border = any(side.start == 0 or side.stop == size for side, size in zip(box, shape, strict=True))

@@ -87,7 +87,7 @@ def _voxel_sides(mask: np.ndarray) -> int:
     """The number of sides of voxels between inside and outside; what lies beyond the border is outside."""
     turned = (np.moveaxis(mask, axis, 0) for axis in range(3))
     return sum(
-        np.count_nonzero(plane[1:] != plane[:-1]) + np.count_nonzero(plane[0]) + np.count_nonzero(plane[-1])
+        int(np.count_nonzero(plane[1:] != plane[:-1]) + np.count_nonzero(plane[0]) + np.count_nonzero(plane[-1]))
         for plane in turned
     )
 

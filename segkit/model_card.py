@@ -96,7 +96,7 @@ def _what_it_is(checkpoints: Sequence[Checkpoint]) -> str:
     kind = MODELS[first.network.get("model", "unet")].title
     widths = ", ".join(str(int(width)) for width in first.network["features"])
     depth = getattr(first.model, "depth", 1)
-    sees = f"slabs of {depth} slices" if depth > 1 else _count(first.model.in_channels, "slice")
+    sees = f"slabs of {depth} slices" if depth > 1 else _count(first.network["in_channels"], "slice")
     return (
         f"{several}{kind} (channels of its levels: {widths}) with one output a structure, trained with segkit. It sees "
         f"{sees} at a time, axial, at {rows} x {columns} pixels, and labels CT scans in HU on their own grid."
@@ -106,9 +106,11 @@ def _what_it_is(checkpoints: Sequence[Checkpoint]) -> str:
 def _data(checkpoints: Sequence[Checkpoint], provenance: Provenance) -> str:
     licence = provenance.data_licence
     lines = [f"- Licence of the training data: {licence}. The weights are shared under the same terms."]
-    for print_of_data in dict.fromkeys(str(one.record.get("data")) for one in checkpoints):
-        if re.fullmatch(r"[0-9a-f]{64}", print_of_data):
-            lines.append(f"- Fingerprint (SHA-256 over split, grids and voxels of each structure): `{print_of_data}`")
+    lines += [
+        f"- Fingerprint (SHA-256 over split, grids and voxels of each structure): `{print_of_data}`"
+        for print_of_data in dict.fromkeys(str(one.record.get("data")) for one in checkpoints)
+        if re.fullmatch(r"[0-9a-f]{64}", print_of_data)
+    ]
     if provenance.split:
         lines.append(f"- {_subjects(provenance.split)}")
     if any(one.record.get("other_weights") for one in checkpoints):

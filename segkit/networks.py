@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from segkit.devices import fast_dtype
 from segkit.errors import SegkitError
 from segkit.settings import TrainSettings
 from segkit.unet import check_sides
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class AttentionUNet(nn.Module):
@@ -111,8 +114,11 @@ def network_arguments(settings: TrainSettings, out_channels: int) -> dict:
     return arguments | ({"depth": settings.depth} if kind.slabs else {})
 
 
-def build_network(model: str = "unet", **arguments: object) -> nn.Module:
-    """The network called `model`, with new weights. SegkitError for another name, and where MONAI is missing."""
+def build_network(model: str = "unet", **arguments: object) -> Any:
+    """The network called `model`, with new weights: an nn.Module that has what is named above.
+
+    SegkitError for another name, and where MONAI is missing.
+    """
     if model not in MODELS:
         raise SegkitError(f"MODEL = {model!r}: expected one of {', '.join(MODELS)}")
     check_installed(model)
@@ -128,9 +134,10 @@ def check_installed(model: str) -> None:
         )
 
 
-def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+def on_device(model: Model, device: torch.device) -> Model:
     """The model on a device, its weights laid out as convolutions read them fastest: channels last."""
-    return model.to(device, memory_format=torch.channels_last_3d if _of_volumes(model) else torch.channels_last)
+    layout = torch.channels_last_3d if _of_volumes(model) else torch.channels_last
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's types lack one of its ways
 
 
 def precision(model: nn.Module, device: torch.device) -> torch.dtype:

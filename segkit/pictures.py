@@ -100,8 +100,8 @@ def difference(reference: CodeVolume, prediction: CodeVolume) -> np.ndarray:
     ref, pred = (
         volume.codebook[:, [volume.structures.index(name) for name in names]] for volume in (reference, prediction)
     )
-    same = (ref[:, None] == pred[None]).all(2)
-    kinds = np.where(same, 1, np.where(pred.any(1)[None], np.where(ref.any(1)[:, None], 4, 3), 2))
+    same = np.all(ref[:, None] == pred[None], axis=2)
+    kinds: np.ndarray = np.where(same, 1, np.where(np.any(pred, 1)[None], np.where(np.any(ref, 1)[:, None], 4, 3), 2))
     kinds[np.ix_(~ref.any(1), ~pred.any(1))] = 0
     return kinds[reference.codes, prediction.codes]
 
@@ -168,9 +168,10 @@ def structure_legend(figure: Figure, volumes: Sequence[CodeVolume], most: int = 
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False)
 
 
-def _over_grey(color: str, opacity: float) -> np.ndarray:
+def _over_grey(color: str, opacity: float) -> tuple[float, float, float]:
     """A colour as it looks over a slice, for its legend: over a dark grey, between lung and soft tissue."""
-    return opacity * np.array(to_rgb(color)) + (1 - opacity) * 0.3
+    red, green, blue = (opacity * part + (1 - opacity) * 0.3 for part in to_rgb(color))
+    return red, green, blue
 
 
 def outline_handles() -> list[Line2D]:

@@ -41,11 +41,12 @@ class Outcome:
     @property
     def written(self) -> list[str]:
         """`files` for a person to read: a folder of them is one line, with their number."""
-        counts = Counter(self.folder / file.relative_to(self.folder).parts[0] for file in self.files)
+        home = self.folder or Path()
+        counts = Counter(home / file.relative_to(home).parts[0] for file in self.files)
         return [f"{path} ({number} files)" if path.is_dir() else str(path) for path, number in counts.items()]
 
     def __str__(self) -> str:
-        if self.scan is None:
+        if self.segmentation is None:
             return f"{self.source.name}: not segmented"
         voxels = self.segmentation.codes.voxels()
         stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
@@ -155,6 +156,7 @@ def _predict(
 
 
 def _write(outcome: Outcome, folder: Path, formats: Sequence[str]) -> None:
+    assert outcome.scan is not None and outcome.segmentation is not None
     exports.write(formats, outcome.scan, outcome.segmentation, folder, outcome.findings)
     if outcome.segmentation.uncertainty is not None:
         _write_uncertainty(folder, outcome.scan, outcome.segmentation.uncertainty)
@@ -167,11 +169,16 @@ def _write_uncertainty(folder: Path, scan: Scan, bits: np.ndarray) -> None:
 
 
 def picture(outcome: Outcome, slices: int = 4) -> Figure:
-    """Some slices of a scan with what was found in them, and where the model is unsure if that was kept."""
+    """Some slices of a scan with what was found in them, and where the model is unsure if that was kept.
+
+    Raises SegkitError for a scan that was not segmented.
+    """
     scan, found = outcome.scan, outcome.segmentation
+    if scan is None or found is None:
+        raise SegkitError(f"{outcome}; {'; '.join(map(str, outcome.findings.errors))}")
     chosen = spread_slices(found.codes, Part(scan.name), slices)
     samples = [
         (f"{scan.name}, slice {z}", scan.hu(z), found.codes.with_codes(found.codes.codes[z]), scan.spacing_mm[1:])
         for z in chosen
     ]
-    return plot_slices(samples, () if found.uncertainty is None else found.uncertainty[chosen])
+    return plot_slices(samples, () if found.uncertainty is None else list(found.uncertainty[chosen]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,7 +78,7 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
         return sentence(f"{first} and {second}: no structure that both were scored on")
     left, right = (first, second) if MEASURES[measure].higher_is_better else (second, first)
     kinds = np.select([ranked["high"] < 0, ranked["low"] > 0], ["left", "right"], "open")
-    looks = {
+    looks: dict[str, tuple[str, dict[str, Any]]] = {
         "left": (f"{left} better", {"marker": "<", "color": BLUE}),
         "right": (f"{right} better", {"marker": ">", "color": VERMILION}),
         "open": ("interval holds 0, or none", {"marker": "o", "color": GREY, "mfc": "white"}),
@@ -191,7 +192,7 @@ def _in_order(names: pd.Series) -> list[str]:
     ]
 
 
-def _cell(pair: tuple) -> str:
+def _cell(pair: Any) -> str:
     """What a cell says: per cent (ml where there is no share) and the relation's letter, below it the subjects."""
     per_cent = "<1" if pair.share < 0.005 else f"{100 * pair.share:.0f}"
     amount = f"{pair.ml:.3g} ml" if np.isnan(pair.share) else per_cent

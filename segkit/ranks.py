@@ -60,7 +60,7 @@ class Ranks:
         """The largest over all ranks, on each of them."""
         return int(self._reduced(torch.tensor(value, device=self.device), torch.distributed.ReduceOp.MAX))
 
-    def _reduced(self, values: torch.Tensor, how: torch.distributed.ReduceOp) -> torch.Tensor:
+    def _reduced(self, values: torch.Tensor, how: torch.distributed.ReduceOp.RedOpType) -> torch.Tensor:
         if self.world == 1:
             return values
         values = values.to(self.device, copy=True)
@@ -102,7 +102,7 @@ def join_ranks(device: str | None = None) -> Ranks:
 
     Raises SegkitError for a device that is not there.
     """
-    launched, alone = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    launched, alone = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
     if launched == 1:
         return Ranks(alone)
     from accelerate import PartialState  # needed here alone

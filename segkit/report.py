@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Report:
     predictions_dir: Path  # where `evaluation.evaluate` kept the predictions
     stamp: str = field(default_factory=time_stamp)
     files: list[Path] = field(default_factory=list)
-    outcome: dict | None = None  # of `summary`
+    outcome: dict = field(default_factory=dict)  # of `summary`
     _sections: dict[str, Section] = field(default_factory=dict)  # by figure: one that is drawn again takes its place
 
     @property
@@ -213,7 +213,7 @@ def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: 
 
     `first`: what the model is called that the others are compared with.
     """
-    stamp, folder = time_stamp(), make_folder(output_dir)
+    stamp, folder = time_stamp(), make_folder(Path(output_dir))
     path = folder / f"comparison_{stamp}.csv"
     files = [write_csv(path, table)]
     for number, (name, rows) in enumerate(table.groupby("model", sort=False), start=2):
@@ -258,7 +258,7 @@ def _records(table: pd.DataFrame) -> list[dict]:
     ]
 
 
-def headline(summary: dict) -> str:
+def headline(summary: Mapping) -> str:
     """The headline score in one sentence, from `Report.summary`."""
     scores, bound = summary["prediction"], summary["reference_through_target_shape"]
     of_scores, of_bound = (

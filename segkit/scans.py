@@ -197,20 +197,23 @@ def read_scan(source: ScanSource, findings: Findings) -> Scan:
     An affine whose axes are not perpendicular is an error, a tilted gantry among them: distances and volumes are taken
     along the axes, and what other programs make of such a grid differs (those on ITK refuse it).
     """
-    read = _read_series(source, findings) if source.series else _read_file(source, findings)
+    read = _read_series(source, source.series, findings) if source.series else _read_file(source, findings)
     refuse(findings)
+    assert read is not None  # else there was an error among the findings
     hu, grid, files = read
     _check_perpendicular(source, grid, findings)
     refuse(findings)
     return Scan(source.name, hu, grid, files)
 
 
-def _read_series(source: ScanSource, findings: Findings) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
+def _read_series(
+    source: ScanSource, series: Series, findings: Findings
+) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
     if source.others:
         names = ", ".join(path.name for path in source.others[:5])
         text = f"{source.path}: {len(source.others)} files are no DICOM by their content and left out: {names}"
         findings.add("info", "left out", f"{text}; a damaged slice at an end of the scan would be missing")
-    stack = read_stack(source.series, findings)
+    stack = read_stack(series, findings)
     if stack is None or not plausible(*stack.range, source.path, findings, "warning"):
         return None
     return stack.hu, stack.grid, stack.files

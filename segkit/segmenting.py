@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class WayBack:
     """
 
     def __init__(self, batch: SliceBatch, target_shape: Sequence[int]):
-        pixel = float(augment.pixel_mm(batch, tuple(target_shape))[0])
+        rows, columns = target_shape
+        pixel = float(augment.pixel_mm(batch, (rows, columns))[0])
         sizes, spacing = batch.sizes[0].tolist(), batch.spacing_mm[0].tolist()
         self.rows, self.columns = (
             _axis(int(n), step / pixel, side) for n, step, side in zip(sizes, spacing, target_shape, strict=True)
@@ -110,7 +112,7 @@ class Collector:
         highest = None if best is None else np.zeros(best.shape, np.float32)
         for channel, plane in zip(channels, above, strict=True):
             rows, columns, part = way.above(plane)
-            if highest is not None:
+            if best is not None and highest is not None:
                 before = highest[rows, columns]
                 best[rows, columns][part > before] = channel + 1
                 np.maximum(before, part, out=before)
@@ -128,7 +130,7 @@ def mean_of(
     planes: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor:
     """The mean of planes of any floating type and one shape, float32; of each after `change`, which works in place."""
-    total = None
+    total: Any = None
     for each in planes:
         each = each.to(torch.float32, copy=True)
         each = each if change is None else change(each)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from segkit.choices import LOSSES, MODELS, NORMS
 from segkit.errors import SegkitError
@@ -14,7 +14,10 @@ from segkit.runs import resolve
 SCHEDULES = ("poly", "cosine", "plateau", "constant")
 
 if TYPE_CHECKING:  # for a person who types a name: --help lists those that there are
-    Schedule = Model = Norm = Loss = str
+    Schedule: TypeAlias = str
+    Model: TypeAlias = str
+    Norm: TypeAlias = str
+    Loss: TypeAlias = str
 else:
     Schedule, Model, Norm, Loss = (Literal[tuple(names)] for names in (SCHEDULES, MODELS, NORMS, LOSSES))
 
@@ -37,7 +40,7 @@ class Augmentation:
 
     def checked(self) -> Augmentation:
         """These settings as plain numbers, or SegkitError that names the first that makes no sense."""
-        values = {}
+        values: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, bool):
@@ -55,7 +58,7 @@ _LARGEST = {"rotation_degrees": 180, "scale": 0.9, "shift": 0.5, "intensity_scal
 NO_AUGMENTATION = Augmentation(0, 0, 0, 0, False, False, 0, 0, 0, 0, 0)
 
 
-def make_augmentation(on: bool = True, changes: Mapping[str, float | bool] | None = None) -> Augmentation:
+def make_augmentation(on: bool = True, changes: Mapping[str, Any] | None = None) -> Augmentation:
     """AUGMENT and AUGMENTATION of the notebook: the default with `changes`, or none. SegkitError for other names."""
     names = [f.name for f in fields(Augmentation)]
     unknown = sorted(set(changes or {}) - set(names))
@@ -134,7 +137,7 @@ class TrainSettings:
         return self.patch_slices if MODELS[self.model].slabs else 1
 
 
-def from_notebook(names: Mapping[str, object]) -> TrainSettings:
+def from_notebook(names: Mapping[str, Any]) -> TrainSettings:
     """The settings in a notebook's configuration cells, checked: `epochs` is EPOCHS there, and so on.
 
     names: its `globals()`. Read at each call: what was changed in a configuration cell counts from then on. Raises
@@ -237,7 +240,7 @@ def _whole_numbers(name: str, value: Sequence[int], example: str) -> tuple[int, 
     return numbers
 
 
-def _real(name: str, value: object, least: float, most: float) -> float:
+def _real(name: str, value: Any, least: float, most: float) -> float:
     usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not usable or not least <= value <= most:
         shown = name if ":" in name else name.upper()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from segkit.checkpoints import Checkpoint, load_checkpoints, save_checkpoint
 from segkit.errors import SegkitError
@@ -80,7 +81,7 @@ def _scores_of(run: Path, checkpoints: Sequence[Checkpoint]) -> str:
     trained = max(one.path.stat().st_mtime for one in checkpoints)
     for path in sorted(run.glob("evaluation_summary_*.json"), reverse=True):  # stamps sort by time
         summary = read_json(path, _REMEDY)
-        stated = summary.get("checkpoints") if isinstance(summary, dict) else None
+        stated: Any = summary.get("checkpoints") if isinstance(summary, dict) else None
         fits = isinstance(stated, list) and len(stated) == len(checkpoints) and path.stat().st_mtime >= trained
         if fits and all(_is_of(text, one.path, run) for text, one in zip(stated, checkpoints, strict=True)):
             return score_section(path, summary, checkpoints[0].record.get("data"))

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ class Targets:
     annotated: torch.Tensor
     counted: torch.Tensor | None = None
 
-    def by_slice(self, *planes: torch.Tensor) -> tuple[Targets, *tuple[torch.Tensor, ...]]:
+    def by_slice(self, *planes: torch.Tensor) -> tuple[Any, ...]:
         """The N slices of slabs that count, one after the other, as Targets of slices; then the same of each of
         `planes`, (B, F, D, H, W) -> (N, F, H, W). Slices by themselves come back as they are.
         """
-        if self.codes.ndim == 3:
+        if self.counted is None or self.codes.ndim == 3:
             return self, *planes
         chosen = self.counted.flatten().nonzero()[:, 0]
         sample = chosen // self.counted.shape[1]
@@ -191,7 +192,7 @@ def epoch_order(
     balanced = round(wanted * balance) if balance and holds is not None and holds.any() else 0
     passes = [random.permutation(slices) for _ in range(-(-(wanted - balanced) // slices))]
     order = np.concatenate([*passes, np.zeros(0, int)])[: wanted - balanced]
-    if balanced:
+    if balanced and holds is not None:
         order = random.permutation(np.concatenate([order, _balanced_slices(holds, balanced, random)]))
     return order.tolist()
 
@@ -229,7 +230,7 @@ def batches(
     batch_size: int,
     workers: int = 0,
     start: int = 0,
-    share: Callable[[list[range]], Sequence[Sequence[int]]] = list,
+    share: Callable[[list[range]], Any] = list,
 ) -> DataLoader:
     """Batches of `dataset` in the given order, from its place `start` on.
 
@@ -248,5 +249,5 @@ def batches(
     )
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; a worker that dies of it loses a batch

@@ -162,6 +162,7 @@ def _write_store(subject: Subject, folder: Path, print_of_sources: str) -> dict:
     findings = Findings(subject.name)
     read = read_ct(subject, findings)
     refuse(findings)
+    assert read is not None  # else there was an error among the findings
     hu, grid = read
     hu = grid.to_canonical(hu)
     shape = hu.shape
@@ -231,7 +232,9 @@ def stage(
         raise SegkitError(f"STAGE_DIR {stage_dir} lies inside the data {data_dir}; choose a folder outside of it")
     home = stage_dir / f"{data_dir.name}-{hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]}"
     make_folder(home)
-    results = {subject.name: _staged_before(subject, home) for subject in subjects}
+    results: dict[str, StagedSubject | str | None] = {
+        subject.name: _staged_before(subject, home) for subject in subjects
+    }
     missing = [subject for subject in subjects if results[subject.name] is None]
     if missing:
         with alone(home / ".lock", f"{home}: another process stages into it, waiting until it is done", wait=True):

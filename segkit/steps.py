@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Learner:
         # gradients of float16 would vanish without; in the other precisions it does nothing
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.parts = settings.accumulate
-        self.joined = self.model
+        self.joined: Any = self.model
         self.prepared = False
 
     def state(self) -> dict:

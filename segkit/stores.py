@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -62,7 +63,7 @@ class StoredArray:
             planes = self._array[z]
         except Exception as error:  # blosc2 raises many kinds for compressed data that make no sense
             raise self._damaged(error) from error
-        expected = self._expected[z]
+        expected: Any = self._expected[z]
         found = checksums(planes if isinstance(z, slice) else planes[None])
         if found != (list(expected) if isinstance(z, slice) else [expected]):
             raise self._damaged("its slices are not what was written")

@@ -87,8 +87,8 @@ class Split:
     def from_json(cls, content: Mapping, source: str) -> Split:
         """The reverse of `to_json`. Raises SegkitError that names `source` for anything else."""
         try:
-            parts = [tuple(_part(part) for part in content[name]) for name in SPLITS]
-            return cls(*parts, source=str(content["source"]))
+            train, val, test = (tuple(_part(part) for part in content[name]) for name in SPLITS)
+            return cls(train, val, test, source=str(content["source"]))
         except (KeyError, TypeError, ValueError) as error:
             raise SegkitError(
                 f"{source}: damaged: no split of train, val and test ({error!r}); train again to have it written"
@@ -162,6 +162,7 @@ def _open_folder(folder: Path, cts: Sequence[Path], split: str | None) -> Subjec
     if len(cts) != 1:
         found = "ct.nii.gz is missing" if not cts else "ct.nii.gz and ct.nii are both there: keep one"
         raise SubjectError(f"subject {folder.name}: {folder}: {found}")
+    labels: LabelSource
     if (folder / "segmentations").is_dir():
         labels = find_mask_files(folder / "segmentations", folder.name)
     else:
@@ -299,7 +300,8 @@ def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 
     if not by_split["test"]:
         by_split["test"] = by_split["val"]
         source += "; no test subjects: the validation subjects are the test"
-    return Split(*[tuple(Part(name) for name in by_split[split]) for split in SPLITS], source=source)
+    train, val, test = (tuple(Part(name) for name in by_split[split]) for split in SPLITS)
+    return Split(train, val, test, source=source)
 
 
 def _split_into_slabs(name: str, slices: int) -> Split:

@@ -75,9 +75,9 @@ def surface_scores(
     ruler = _Ruler.of(spacing, float(tolerance_mm))
 
     def scores(name: str) -> tuple[float, ...]:
-        own = [of_volume.get(name) for of_volume in boxes]
-        if None in own:
-            return (math.nan if own == [None, None] else 0.0, *[math.nan] * 4)
+        own = [of_volume[name] for of_volume in boxes if name in of_volume]
+        if len(own) < 2:
+            return (0.0 if own else math.nan, *[math.nan] * 4)
         parts = [volume.with_codes(volume.codes[box]).mask(name) for volume, box in zip(volumes, own, strict=True)]
         crops = _side_by_side(parts, own, ruler.margin)
         centres = [_centre(part, box) for part, box in zip(parts, own, strict=True)]
@@ -204,10 +204,10 @@ def _neighbourhoods(crop: np.ndarray) -> np.ndarray:
     return np.append(codes, np.zeros(crop.size - codes.size, np.uint8)).reshape(crop.shape)
 
 
-def _areas(spacing: Sequence[float]) -> np.ndarray:
+def _areas(spacing: np.ndarray) -> np.ndarray:
     """Area in mm2 of the surface in each of the 256 neighbourhoods, float64."""
     codes, corners = _triangles()
-    a, b, c = np.moveaxis(corners * np.array(spacing), 1, 0)
+    a, b, c = np.moveaxis(corners * spacing, 1, 0)
     return np.bincount(codes, np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2, minlength=256)
 
 

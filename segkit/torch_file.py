@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from segkit.errors import SegkitError, printable
 from segkit.untrusted import check_file
 
 
-def read_torch_file(path: Path, what: str) -> object:
+def read_torch_file(path: Path, what: str) -> Any:
     """The content of a file that `torch.save` wrote; nothing in it is executed. `what`: what it is, for messages.
 
     Raises SegkitError that names a file which is not there, damaged or of an older kind, which holds anything but plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +43,13 @@ STATE_FILE = "last_state.pth"
 RESUMABLE = ("epochs", "early_stopping", "accumulate", "keep_checkpoints", "init_checkpoint", "device", "workers")
 """Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
 
-UNSCORED = {"val_loss": None, "val_dice": None, "val_structures": 0, "val_threshold": None, "val_dice_of": {}}
+UNSCORED: Mapping = {
+    "val_loss": None,
+    "val_dice": None,
+    "val_structures": 0,
+    "val_threshold": None,
+    "val_dice_of": {},
+}
 """The columns of `validation.as_row` of an epoch that was interrupted."""
 
 VALIDATION_BATCH = 8
@@ -189,7 +195,7 @@ class _RunFiles:
         if self.first:
             save_state(self.folder / STATE_FILE, self.trainer.state())
 
-    def write_epoch(self, history: History) -> None:
+    def write_epoch(self, history: list[dict]) -> None:
         """The checkpoint of the last epoch in `history`, and the history itself."""
         if not self.first:
             return
@@ -209,7 +215,7 @@ class _RunFiles:
         write_json(self.folder / "training_history.json", content)
         self._prune(history)
 
-    def _prune(self, history: History) -> None:
+    def _prune(self, history: list[dict]) -> None:
         """Remove the checkpoints that KEEP_CHECKPOINTS does not ask for."""
         keep = self.trainer.settings.keep_checkpoints
         older = [self.folder / f"checkpoint_epoch{row['epoch']}.pth" for row in history[: -(keep or len(history))]]
@@ -240,7 +246,7 @@ class _Trainer:
         self.train_slices = open_items(data.staged, data.split.train, data.label_map, settings)
         self.val_slices = open_items(data.staged, data.split.val, data.label_map, settings, tiles)
         self.in_epoch = settings.slices_per_epoch or -(-len(self.train_slices) // settings.depth)
-        self.history: History = []
+        self.history: list[dict] = []
         self.place = 0  # slices of the running epoch that were learned from
         self.seen: list[float] = []  # losses of its steps
         self.whole = True  # whether weights and counters are those of the same step

@@ -39,6 +39,7 @@ class Up(nn.Module):
         """Maps below (B, in_channels, H, W) and a skip (B, out_channels, 2 H, 2 W) -> (B, out_channels, 2 H, 2 W)."""
         # the convolution of both joined, as the sum of two: joined they would be copied, and kept for the gradient
         first, *rest = self.convolve
+        assert isinstance(first, nn.Conv2d)
         of_skip, of_below = first.weight.split(skip.shape[1], 1)
         x = F.conv2d(skip, of_skip, padding=1)
         x += F.conv2d(self.enlarge(below), of_below, padding=1)
@@ -66,7 +67,7 @@ class UNet2D(nn.Module):
             )
         if norm not in NORMS:
             raise SegkitError(f"NORM = {norm!r}: expected one of {', '.join(NORMS)}")
-        self.in_channels = in_channels
+        self.in_channels, self.features = in_channels, tuple(features)
         widths = (*features, 2 * features[-1])
         self.down = nn.ModuleList(DoubleConv(a, b, norm) for a, b in pairwise((in_channels, *features)))
         self.pool = nn.MaxPool2d(2)

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from segkit.errors import SegkitError, printable
 
@@ -28,7 +29,7 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_json(path: Path, remedy: str) -> object:
+def read_json(path: Path, remedy: str) -> Any:
     """The content of a JSON file, UTF-8. Raises SegkitError that names it and ends with `remedy`.
 
     Refused are, besides what is no JSON: files above MOST_JSON, an object with the same name twice, NaN and numbers

@@ -76,9 +76,9 @@ def validate(
         for position, of_slice in zip(positions, count_slices(logits, targets), strict=True):
             counts[:, subjects[data.where[order[position]][0]]] += of_slice
     table, (loss, number) = ranks.sum(counts).cpu().numpy(), ranks.sum(loss).tolist()
-    wrong = ranks.sum(wrong).nonzero().flatten().tolist()
-    if wrong:
-        raise DivergedError(f"the validation loss is {loss} at the slices {data.named(order[i] for i in wrong)}")
+    unusable = ranks.sum(wrong).nonzero().flatten().tolist()
+    if unusable:
+        raise DivergedError(f"the validation loss is {loss} at the slices {data.named(order[i] for i in unusable)}")
     best, thresholds = choose_thresholds(table)
     return Validation(
         loss / max(number, 1),

@@ -103,7 +103,7 @@ def _digest(content: dict, weights: dict[str, torch.Tensor]) -> str:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise ValueError(f"weights of another type than float32: {name[:80]!r} is {kind}")
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 

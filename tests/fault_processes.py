@@ -183,7 +183,7 @@ def _child(job: dict, out: int, err: int, result: int) -> None:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
-    except BaseException:
+    except BaseException:  # noqa: BLE001, as Python itself ends
         traceback.print_exc()
         code = 1
     os.write(result, str(seen).encode())

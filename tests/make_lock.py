@@ -100,9 +100,11 @@ def graph(wanted: Iterable[Requirement], missing_ok: bool = False) -> dict[str, 
             raise SystemExit(f"{requirement} is not installed: run make, or pip install -r requirements.txt") from None
         new = {"", *requirement.extras} - extras_done.setdefault(name, set())
         extras_done[name] |= new
-        for needed in map(Requirement, (found[name].requires or ()) if new else ()):
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in new):
-                waiting.append(needed)
+        waiting += [
+            needed
+            for needed in map(Requirement, (found[name].requires or ()) if new else ())
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in new)
+        ]
     return dict(sorted(found.items()))
 
 

@@ -37,7 +37,7 @@ def test_cases_are_picked_by_dice_among_those_that_the_reference_holds():
 
 
 @pytest.mark.parametrize(
-    "held, expected",
+    ("held", "expected"),
     [(0, ""), (1, "worst"), (2, "worst best"), (3, "worst median best"), (4, "worst median best")],
 )
 def test_few_cases(held, expected):

@@ -64,7 +64,7 @@ def test_pairs_over_subjects_have_shares_of_the_reference():
 
 
 @pytest.mark.parametrize(
-    "pair, expected",
+    ("pair", "expected"),
     [
         (("kidney_left", "kidney_right"), "other side"),
         (("rib_left_5", "rib_right_5"), "other side"),

@@ -385,7 +385,7 @@ def no_rescale(series):
 )
 def test_what_is_doubtful_is_reported_and_read(tmp_path, damage, kind, words):
     scan, findings = read(save(damage(a_series()), tmp_path / "a"))
-    [finding] = [finding for finding in findings if finding.kind not in ("no air",)]
+    [finding] = [finding for finding in findings if finding.kind != "no air"]
     assert finding.kind == kind and finding.severity == "warning"
     assert [word for word in words if word not in str(finding)] == []
     assert scan.shape == SHAPE[::-1]

@@ -122,7 +122,8 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append(dict(self.headers) | {"path": self.path})
         if server.refuse:
             status, headers = server.refuse.pop(0)
-            return self.head(status, {"Content-Length": "0"} | headers)
+            self.head(status, {"Content-Length": "0"} | headers)
+            return
         content, start, status = server.content, 0, 200
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and server.ranges and self.headers.get("If-Range", server.etag) in (server.etag, server.modified):

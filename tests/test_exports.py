@@ -173,7 +173,7 @@ def test_slicers_segmentation_holds_all(overlap, tmp_path):
         assert np.allclose(np.array(corner) * [-1, -1, 1], nib.affines.apply_affine(grid.affine, (8, 6, 5)), atol=1e-6)
 
 
-@pytest.mark.parametrize("axes, signs", [ORIENTATIONS[0], ORIENTATIONS[21], ORIENTATIONS[42]])
+@pytest.mark.parametrize(("axes", "signs"), [ORIENTATIONS[0], ORIENTATIONS[21], ORIENTATIONS[42]])
 def test_dicom_seg_lies_on_its_series(axes, signs, tmp_path):
     grid = grid_of(axes, signs, 12)
     hu = np.random.default_rng(0).integers(-900, 900, grid.shape)

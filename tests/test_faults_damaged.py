@@ -67,7 +67,7 @@ def label_map(folder: Path):
         check_names(channels)
         assert list(channels.values()) == list(range(len(channels)))
 
-    return folder / "label_map.json", LABELS, lambda path: labels.load_label_map(path), check
+    return folder / "label_map.json", LABELS, labels.load_label_map, check
 
 
 def names_of_labels(folder: Path):

@@ -245,7 +245,9 @@ def test_predicting_onto_a_full_disk(segkit, trained, phantom_data, tmp_path, fa
             row.times += 1
 
 
-@pytest.mark.parametrize("number, says", [(28, FULL), (122, "quota of this disk"), (27, TOO_LARGE), (13, "Permission")])
+@pytest.mark.parametrize(
+    ("number", "says"), [(28, FULL), (122, "quota of this disk"), (27, TOO_LARGE), (13, "Permission")]
+)
 def test_each_reason_is_said(tmp_path, number, says):
     def write(path: Path) -> None:
         path.write_text("half")

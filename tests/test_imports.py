@@ -14,7 +14,7 @@ PACKAGE = ROOT / "segkit"
 
 def tour() -> list[str]:
     """The rooms in the order of the tour: module and package names."""
-    return [name.removesuffix(".py") for name in re.findall(r"^    (\w+(?:\.py)?)/?  ", segkit.__doc__, re.M)]
+    return [name.removesuffix(".py") for name in re.findall(r"^    (\w+(?:\.py)?)/?  ", segkit.__doc__, re.MULTILINE)]
 
 
 def room_of(path) -> str:

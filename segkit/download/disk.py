@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..errors import SegkitError
+from segkit.errors import SegkitError
 
 WORK = ".download"  # hidden folder of what is not finished
 BLOCK = 1 << 18  # bytes read at once

@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import SegkitError, unwritable
-from ..locks import alone
-from ..runs import write_json
-from ..untrusted import read_json
+from segkit.errors import SegkitError, unwritable
+from segkit.locks import alone
+from segkit.runs import write_json
+from segkit.untrusted import read_json
+
 from .disk import WORK, md5
 from .fetching import fetch
 from .releases import RELEASES, Release

@@ -14,10 +14,12 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from os import fsync
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import SegkitError
-from ..runs import write_json
+from segkit.errors import SegkitError
+from segkit.runs import write_json
+
 from .disk import BLOCK, md5, need_space, progress_bar
 from .releases import Release
 
@@ -155,7 +157,7 @@ def _answer(part: _Part, timeout: float) -> http.client.HTTPResponse:
         raise _DroppedError(reason) from error
 
 
-def _retry_after(text: str | None) -> float:
+def _retry_after(text: Any) -> float:
     """Seconds that a Retry-After header asks for, in either of its forms: seconds or a date."""
     try:
         return float(text) if text.isdecimal() else (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..errors import SegkitError
+from segkit.errors import SegkitError
+
 from .disk import BLOCK, WORK, need_space, progress_bar
 
 MAX_GROWTH = 10  # larger files than this many times the archive are refused: .nii.gz hardly shrinks when zipped

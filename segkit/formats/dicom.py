@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def find_series(paths: Sequence[Path]) -> list[Series]:
     return list(found.values())
 
 
-def _add(header, path: Path, series: Series) -> None:
+def _add(header: Any, path: Path, series: Series) -> None:
     """Put an image into its series, or what is wrong with it."""
     try:
         if "LOCALIZER" in (header.get("ImageType") or ()):
@@ -131,14 +132,14 @@ def _add(header, path: Path, series: Series) -> None:
             series.planes += _planes(header, path)
     except SegkitError as error:
         series.faults.append(str(error))
-    except Exception as error:  # pydicom converts a value when it is asked for, and raises many kinds
+    except Exception as error:  # noqa: BLE001, pydicom converts a value when it is asked for, and raises many kinds
         series.faults.append(f"{path}: {_DAMAGED} ({_shown(error)})")
 
 
 _DAMAGED = "damaged or cut short; copy it again, or remove it if it does not belong to the scan"
 
 
-def _read_header(pydicom: ModuleType, path: Path):
+def _read_header(pydicom: ModuleType, path: Path) -> tuple[Any, Series] | None:
     """What is needed of a file, before its pixels, and its series, still empty; None for an object without an image."""
     try:
         # such a file would be inflated at once, before its header is known, to a thousand times its size
@@ -160,7 +161,7 @@ def _read_header(pydicom: ModuleType, path: Path):
     return header, Series(uid, description, _shown(modality))
 
 
-def _planes(header, path: Path) -> Iterator[Plane]:
+def _planes(header: Any, path: Path) -> Iterator[Plane]:
     frames = int(header.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" not in header:
         if frames != 1:
@@ -174,13 +175,13 @@ def _planes(header, path: Path) -> Iterator[Plane]:
     for frame, own in enumerate(groups):
         items = [item[name][0] for item in (own, *shared) for name in _GROUPS if item.get(name)]
 
-        def find(keyword: str, items=items) -> object:
+        def find(keyword: str, items: list[Any] = items) -> object:
             return next((item.get(keyword) for item in items if keyword in item), None)
 
         yield _plane(find, header, path, frame)
 
 
-def _plane(find: Callable[[str], object], header, path: Path, frame: int) -> Plane:
+def _plane(find: Callable[[str], object], header: Any, path: Path, frame: int) -> Plane:
     """One slice; `find` gives an attribute of it by its keyword, `header` those of the whole file."""
     size = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
     if not 0 < size[0] * size[1] <= MOST_PIXELS or header.get("SamplesPerPixel", 1) != 1:
@@ -229,11 +230,11 @@ def _finite(value: object, count: int, keyword: str, path: Path) -> np.ndarray:
     return numbers
 
 
-def _length(value: object) -> float | None:
+def _length(value: Any) -> float | None:
     return float(value) if value is not None and 0 < float(value) < np.inf else None
 
 
-def _padding(header, path: Path) -> tuple[float, float] | None:
+def _padding(header: Any, path: Path) -> tuple[float, float] | None:
     """The range of stored numbers that stand for "not measured", as the pixels hold them."""
     value = header.get("PixelPaddingValue")
     if value is None:

@@ -64,7 +64,7 @@ def make_segmentations(volume: CodeVolume, grid: Grid, files: Sequence[Path]) ->
             raise SegkitError(text + "choose 'nifti' or 'slicer'") from error
 
 
-def _read_source(files: Sequence[Path], grid: Grid) -> list[Dataset]:
+def _read_source(files: Sequence[Path], grid: Grid) -> Sequence[Dataset]:
     """What the files of a series say without their pixels, a file a plane of `grid`."""
     import pydicom
 

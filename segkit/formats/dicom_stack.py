@@ -199,8 +199,8 @@ def _evenly_spaced(planes: Sequence[Plane], normal: np.ndarray, step: np.ndarray
     gaps = np.diff(positions @ normal)
     usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     in_steps = gaps / usual
-    missing = np.flatnonzero(in_steps > 2 - UNEVEN)
-    if len(missing):
+    missing = np.flatnonzero(in_steps > 2 - UNEVEN).tolist()
+    if missing:
         count = int((np.rint(in_steps[missing]) - 1).sum())
         names = _few(f"{in_steps[n]:.3g} x {usual:g} mm between {planes[n]} and {planes[n + 1]}" for n in missing)
         text = f"{folder}: {count} of {len(planes) + count} slices seem to be missing: {names}; export the series again"
@@ -236,7 +236,9 @@ def _fill(grid: Grid, levels: Sequence[Sequence[Plane]], findings: Findings) -> 
     with explained(f"subject {findings.subject}: {levels[0][0].path.parent}", "DICOM"):
         volume = np.empty(shape, np.int16)  # contiguous as it is read later; each slice goes to its place in it
     by_slice = np.moveaxis(grid.from_canonical(volume), 2, 0)
-    filled, same, other = np.zeros(len(levels), bool), [], []
+    filled = np.zeros(len(levels), bool)
+    same: list[Plane] = []
+    other: list[Plane] = []
     lowest, highest = np.inf, -np.inf
     by_file: dict[Path, list[tuple[int, Plane]]] = {}
     for k, level in enumerate(levels):

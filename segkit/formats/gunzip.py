@@ -7,10 +7,11 @@ that size; asking for everything at once makes it grow and copy (measured: half 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 from isal import igzip_lib, isal_zlib
 
-ERRORS = (EOFError, zlib.error, isal_zlib.error, igzip_lib.IsalError)
+ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, igzip_lib.IsalError)
 """What damaged or short files raise here."""
 
 LARGEST_RATIO = 1032
@@ -35,7 +36,7 @@ def payload(content: bytes) -> bytes:
 class GzipReader:
     """The decompressed bytes of a gzip file's content, in order."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes | memoryview):
         self._content = memoryview(content)
         self._place = 0
         self._stream = isal_zlib.decompressobj(_GZIP)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -163,7 +164,7 @@ def read_names(path: Path) -> dict[str, tuple[int, ...]]:
     return numbers_of(table.items(), str(path))
 
 
-def numbers_of(table: Iterable[tuple[str, object]], source: str) -> dict[str, tuple[int, ...]]:
+def numbers_of(table: Iterable[tuple[str, Any]], source: str) -> dict[str, tuple[int, ...]]:
     """Structure -> numbers, sorted by name, without background, with names that can be used.
 
     Spaces and other characters that a file name should not hold become `_`. Raises SegkitError that names `source` for
@@ -193,7 +194,7 @@ def numbers_of(table: Iterable[tuple[str, object]], source: str) -> dict[str, tu
     return dict(sorted(numbers.items()))
 
 
-def _whole(value: object) -> int:
+def _whole(value: Any) -> int:
     """A number or its digits. ValueError, TypeError or OverflowError for what would have to be rounded to be one."""
     number = int(value)
     if isinstance(value, bool) or (isinstance(value, float) and number != value):

@@ -54,12 +54,13 @@ def lost_labels(volume: CodeVolume) -> tuple[int, int]:
 
 
 def _label_table(numbers: Mapping[str, int]) -> bytes:
-    labels = "".join(
-        '<Label Key="{}" Red="{:.6f}" Green="{:.6f}" Blue="{:.6f}" Alpha="1"><![CDATA[{}]]></Label>\n'.format(
-            number, *(value / 255 for value in rgb_of(name)), name
+    rows = []
+    for name, number in numbers.items():
+        red, green, blue = (f"{value / 255:.6f}" for value in rgb_of(name))
+        rows.append(
+            f'<Label Key="{number}" Red="{red}" Green="{green}" Blue="{blue}" Alpha="1"><![CDATA[{name}]]></Label>\n'
         )
-        for name, number in numbers.items()
-    )
+    labels = "".join(rows)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n<CaretExtension>\n<VolumeInformation Index="0">\n'
         f"<LabelTable>\n{labels}</LabelTable>\n"

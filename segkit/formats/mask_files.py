@@ -69,7 +69,7 @@ class MaskFiles(LabelSource):
 def _report_offsets(offsets: Mapping[str, float], masks: Mapping[str, Path], findings: Findings) -> None:
     """One finding for all masks that lie a little beside the CT: it is mostly all of a subject."""
     if offsets:
-        worst = max(offsets, key=offsets.get)
+        worst = max(offsets, key=offsets.__getitem__)
         others = f" ({len(offsets) - 1} other masks up to as far)" if len(offsets) > 1 else ""
         text = f"{masks[worst]}: lies {offsets[worst]:.3f} mm beside the CT's grid{others}; taken as the same grid"
         findings.add("warning", "offset", text, "" if others else worst, offsets[worst])

@@ -54,7 +54,8 @@ class Grid:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size in mm on the canonical axes (z, y, x)."""
         affine = self.canonical_affine
-        return tuple(float(size) for size in np.sqrt((affine[:3, :3] ** 2).sum(0))[::-1])
+        x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(0)).tolist()
+        return z, y, x
 
     @property
     def canonical_affine(self) -> np.ndarray:
@@ -195,7 +196,7 @@ class _NiftiFile:
         self._at_most = len(content) * (gunzip.LARGEST_RATIO if packed else 1)
         self._ahead = self._source.read(4)
         self._place = 0
-        self._readable = MOST_HEADER
+        self._readable: float = MOST_HEADER
         nifti2 = self._ahead in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # size of its header, 540, either order
         self.header = (nib.Nifti2Header if nifti2 else nib.Nifti1Header).from_fileobj(self)
         self._readable = math.inf

@@ -42,8 +42,9 @@ def write_nifti(
 def write_gzip(file: BinaryIO, pieces: Iterable[bytes | np.ndarray]) -> None:
     """Write bytes and arrays (in C order), one after the other, as one gzip member."""
     packer = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, _GZIP)
-    for piece in pieces:
-        file.write(packer.compress(piece if isinstance(piece, bytes) else np.ascontiguousarray(piece)))
+    file.writelines(
+        packer.compress(piece if isinstance(piece, bytes) else np.ascontiguousarray(piece)) for piece in pieces
+    )
     file.write(packer.flush())
 
 

@@ -6,7 +6,6 @@ written the other way round). A folder imagesTs with labelsTs holds test cases.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from segkit.formats.nifti import ENDINGS
 from segkit.untrusted import read_json
 
 _SPLITS = (("Tr", None), ("Ts", "test"))
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def find_cases(folder: Path) -> Iterator[Case]:
     channel = _ct_channel(channels, path)
     for part, split in _SPLITS:
         for image in sorted((folder / f"images{part}").glob(f"[!.]*_{channel:04d}{ending}")):
-            name = _CHANNEL.fullmatch(image.name.removesuffix(ending))["case"]
+            name = image.name.removesuffix(f"_{channel:04d}{ending}")
             label = folder / f"labels{part}" / f"{name}{ending}"
             source = LabelImage(label, numbers, (path,), ignored) if label.is_file() else None
             yield Case(name, image, source, split)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 
@@ -118,7 +119,7 @@ def _layout(fields: dict[str, str], where: str) -> tuple[tuple[int, int, int], n
     order = _ENDIANS.get(fields.get("endian", "").lower())
     if dtype.itemsize > 1 and order is None:
         raise SubjectError(f"{where}: does not say endian: little or big")
-    return shape, dtype.newbyteorder(order or "=")
+    return shape, dtype.newbyteorder(cast(Literal["<", ">", "="], order or "="))
 
 
 def _affine(fields: dict[str, str], where: str) -> np.ndarray:

@@ -51,7 +51,7 @@ def term_of(structure: str) -> Term:
     if structure in table:
         return Term(category, table[structure])
     if base in table:
-        return Term(category, table[base], SIDES.get(side))
+        return Term(category, table[base], SIDES.get(side) if side else None)
     return Term(category, Code(structure[:LONGEST_CODE], structure[:LONGEST_MEANING], OWN_SCHEME))
 
 

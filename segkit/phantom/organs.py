@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .parts import Material, Part, both_sides
-from .shapes import AnyOf, Capsule, Ellipsoid, HalfSpace, Loft, Shape, Vector, tilted, tube
+from .shapes import AnyOf, Capsule, Ellipsoid, HalfSpace, Loft, Shape, Solid, Vector, tilted, tube
 from .skeleton import CAGE
 
 LUNG = Material(-835, sd=25, vessels=True)
@@ -209,7 +209,7 @@ def airways_and_neck() -> list[Part]:
         ],
         8.5,
     )
-    gland = [Ellipsoid((19, 20, 426), (10, 13, 24)), Ellipsoid((-19, 20, 426), (10, 13, 24))]
+    gland: list[Solid] = [Ellipsoid((19, 20, 426), (10, 13, 24)), Ellipsoid((-19, 20, 426), (10, 13, 24))]
     gland += tube([(-14, 31, 418), (0, 35, 418), (14, 31, 418)], 5)
     return [
         Part("esophagus", tuple(gullet), Material(34, sd=8, gas=0.2), shares=("heart",)),

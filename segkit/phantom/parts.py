@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from .shapes import Shape, Solid, Vector, around
 
@@ -39,7 +41,8 @@ class Part:
 
     def moved(self, pivot: Vector, offset: Vector, scale: float) -> Part:
         """The same part with its solids scaled about the pivot and shifted, in mm; what cuts it stays."""
-        return replace(self, solids=tuple(solid.moved(pivot, offset, scale) for solid in self.solids))
+        solids = cast(tuple[Solid, ...], self.solids)
+        return replace(self, solids=tuple(solid.moved(pivot, offset, scale) for solid in solids))
 
     @property
     def bounds(self) -> tuple[Vector, Vector]:
@@ -47,7 +50,7 @@ class Part:
         return around(self.solids)
 
 
-def both_sides(name: str | None, solids: list[Solid], material: Material, **cuts: tuple) -> list[Part]:
+def both_sides(name: str | None, solids: Sequence[Solid], material: Material, **cuts: Any) -> list[Part]:
     """The right part and its mirror image; "{side}" in the name becomes right and left."""
     mirrored = [solid.mirrored() for solid in solids]
     return [

@@ -14,10 +14,10 @@ BLOCK = (4, 8, 8)  # voxels of a search block along z, y, x
 OVERLAP_MM = 2.5  # how deep a structure that shares its rim reaches into the part painted over it
 FAR = np.float32(1e3)
 
-Box = tuple[slice, slice, slice]
+Box = tuple[slice, ...]  # z, y, x
 
 
-def smooth_field(control: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+def smooth_field(control: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Cubic B-spline through a grid of control values: float32 of the given size, 4 controls or more an axis."""
     values = control.astype(np.float32)
     for axis in (2, 1, 0):
@@ -81,9 +81,9 @@ class Canvas:
     """The CT and the masks of one subject while they are painted; every array has the axes z, y, x."""
 
     grid: Grid
-    textures: tuple[np.ndarray, np.ndarray]  # two independent smooth fields, float32, sd about 1
+    textures: tuple[np.ndarray, ...]  # two independent smooth fields, float32, sd about 1
     codes: Mapping[str, int]  # structure -> its value in `owner`, from 1
-    brightening: Mapping[str, float] = field(default_factory=dict)  # HU that contrast agent adds to a structure
+    brightening: Mapping[str | None, float] = field(default_factory=dict)  # HU that contrast agent adds to a structure
     overlaps: bool = True
     hu: np.ndarray = field(init=False)  # float32
     owner: np.ndarray = field(init=False)  # uint8: which structure each voxel shows, 0 none
@@ -119,7 +119,7 @@ class Canvas:
         where, depth = where[inside], depth[inside]
         if self.overlaps and part.shares:
             self._share(part, owner[where], where, depth)
-        owner[where] = self.codes.get(part.name, 0)
+        owner[where] = 0 if part.name is None else self.codes.get(part.name, 0)
 
     def _distance(self, part: Part, box: Box, edge: float) -> np.ndarray:
         distance = np.full(tuple(side.stop - side.start for side in box), FAR)

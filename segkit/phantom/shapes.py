@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-Vector = tuple[float, float, float]
-Rotation = tuple[Vector, Vector, Vector]  # rows: the shape's own axes as seen from the body
-Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y, z: float32 arrays of one shape
+Vector = tuple[float, ...]  # x, y, z
+Rotation = tuple[Vector, ...]  # three rows: the shape's own axes as seen from the body
+Points = tuple[np.ndarray, ...]  # x, y, z: float32 arrays of one shape
 
 UPRIGHT: Rotation = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
@@ -164,7 +164,7 @@ class Loft(Shape):
         high = (wide.max() + self.grow, (y + deep).max() + self.grow, z[-1])
         return tuple(map(float, low)), tuple(map(float, high))
 
-    def at(self, z: float) -> tuple[float, float, float]:
+    def at(self, z: float) -> Vector:
         """Centre y, half width and half depth at a height, in mm."""
         table = np.array(self.rows).T
         y, wide, deep = (float(np.interp(z, table[0], column)) for column in table[1:])
@@ -236,11 +236,10 @@ def tube(points: Sequence[Vector], radii: float | Sequence[float], pieces: int =
     padded = np.vstack([2 * rows[0] - rows[1], rows, 2 * rows[-1] - rows[-2]])
     smooth = [rows[0]]
     for a, b, c, d in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
-        for t in np.arange(1, pieces + 1) / pieces:
-            smooth.append(
-                0.5
-                * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * (t * t) + (3 * b - a - 3 * c + d) * (t * t * t))
-            )
+        smooth += [
+            0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * (t * t) + (3 * b - a - 3 * c + d) * (t * t * t))
+            for t in np.arange(1, pieces + 1) / pieces
+        ]
     listed = np.array(smooth).tolist()
     return chain([tuple(row[:3]) for row in listed], [row[3] for row in listed])
 

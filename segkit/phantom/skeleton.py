@@ -60,7 +60,7 @@ class Pose:
 def _rib_path(number: int, steps: int = 12) -> list[Vector]:
     start, end, drop = RIBS[number]
     head = SPINE[f"T{number}"][0]
-    path = []
+    path: list[Vector] = []
     for degrees in np.linspace(start, end, steps):
         angle = math.radians(degrees)
         z = head + 2 - drop * (1 - math.cos(angle - math.radians(start))) / 2
@@ -81,12 +81,12 @@ def rib_cage() -> list[Part]:
         bar = chain(_rib_path(number), _rib_radius(number))
         parts += both_sides(f"rib_{{side}}_{number}", bar, RIB, shares=("costal_cartilages",))
     bars: list[Solid] = []
-    previous = None
+    previous: Vector = ()
     for number in range(1, 11):
         x, y, z = _rib_path(number)[-1]
         if number <= 7:
             height = max(z + (6 if number < 3 else 16 if number < 6 else 26), 212)
-            target = (16, _front(height), height)
+            target: Vector = (16, _front(height), height)
         else:
             target = previous
         middle = ((x + target[0]) / 2 + 4, (y + target[1]) / 2 + 5, (z + target[2]) / 2 - (8 if number > 3 else 0))

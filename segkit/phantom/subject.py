@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import find_objects
 
-from ..labels import official_names
+from segkit.labels import official_names
+
 from .anatomy import Build, parts_of
 from .parts import Part
 from .rendering import Canvas, Grid, smooth_field
@@ -215,11 +216,11 @@ def _texture(shape: tuple[int, ...], spacing: Vector, rng: np.random.Generator) 
 
 def _loosened(parts: list[Part], rng: np.random.Generator) -> list[Part]:
     """Shift and scale each loose organ about its middle."""
-    moves = {}
+    moves: dict[str | None, tuple[Vector, float]] = {}
     for group, (shift, size) in LOOSE.items():
         offset = tuple(float(v) for v in np.clip(rng.normal(0, shift, 3), -2 * shift, 2 * shift))
         moves[group] = offset, float(np.clip(rng.normal(1, size), 1 - 2 * size, 1 + 2 * size))
-    middles = {}
+    middles: dict[str | None, Vector] = {}
     for part in parts:
         low, high = part.bounds
         middles.setdefault(part.group or part.name, tuple((a + b) / 2 for a, b in zip(low, high, strict=True)))
@@ -231,7 +232,7 @@ def _loosened(parts: list[Part], rng: np.random.Generator) -> list[Part]:
     ]
 
 
-def _brightening(phase: int | None, rng: np.random.Generator) -> dict[str, float]:
+def _brightening(phase: int | None, rng: np.random.Generator) -> dict[str | None, float]:
     """HU that contrast agent adds to each structure, a little different in everybody."""
     dose = float(rng.uniform(0.8, 1.2))
     return {} if phase is None else {name: dose * added[phase] for name, added in CONTRAST.items()}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .parts import Material, Part
-from .shapes import Solid, Vector, tube
+from .shapes import Capsule, Vector, tube
 
 BLOOD = Material(42, sd=5)
 
 
-def _mirror(points: list[Vector]) -> list[Vector]:
+def _mirror(points: Sequence[Vector]) -> list[Vector]:
     return [(-x, y, z) for x, y, z in points]
 
 
 def vessels() -> list[Part]:
     """Every named artery and vein outside the heart, veins first: arteries lie in front of them."""
-    paths: dict[str, list[Solid]] = {**_veins(), **_arteries()}
+    paths = {**_veins(), **_arteries()}
     shares = {
         "iliac_artery_right": ("aorta",),
         "iliac_artery_left": ("aorta",),
@@ -28,7 +30,7 @@ def vessels() -> list[Part]:
     return [Part(name, tuple(solids), BLOOD, shares=shares.get(name, ())) for name, solids in paths.items()]
 
 
-def _veins() -> dict[str, list[Solid]]:
+def _veins() -> dict[str, list[Capsule]]:
     iliac = [(16, 16, 10), (34, 6, -28), (46, 4, -66), (58, 28, -120), (66, 46, -156)]
     portal = tube(
         [(52, 40, 146), (30, 42, 126), (12, 44, 112), (-20, 44, 114), (-56, 28, 122), (-90, 2, 130)],
@@ -49,7 +51,7 @@ def _veins() -> dict[str, list[Solid]]:
     }
 
 
-def _arteries() -> dict[str, list[Solid]]:
+def _arteries() -> dict[str, list[Capsule]]:
     root = [(-6, 30, 282), (6, 34, 308), (8, 28, 340), (-2, 10, 356), (-14, -12, 352), (-22, -30, 334)]
     down = [(-22, -38, 300), (-21, -36, 260), (-19, -26, 215), (-15, -8, 168), (-14, 10, 128), (-13, 22, 90)]
     low = [(-10, 28, 50), (-5, 30, 18)]

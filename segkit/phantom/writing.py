@@ -10,8 +10,9 @@ import numpy as np
 from isal import igzip
 from joblib import Parallel, delayed
 
-from ..errors import SegkitError
-from ..runs import write_whole, write_whole_folder
+from segkit.errors import SegkitError
+from segkit.runs import write_whole, write_whole_folder
+
 from .subject import NAMES, Phantom, Traits, make_phantom, traits_of
 
 META_COLUMNS = (
@@ -29,7 +30,7 @@ def write_phantoms(
     seed: int = 0,
     *,
     detail: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     jobs: int = 1,
 ) -> list[Path]:
     """Write synthetic subjects `s0000`, `s0001`, ... with all 117 structures and `meta.csv` into a folder.
@@ -78,7 +79,7 @@ def _write_files(phantom: Phantom, folder: Path) -> None:
     affine = phantom.affine @ nib.orientations.inv_ornt_aff(turn, phantom.ct.shape)
     back = nib.orientations.ornt_transform(codes, nib.orientations.axcodes2ornt("RAS"))
 
-    def packed(box: tuple[slice, ...], values: np.ndarray, dtype: type) -> bytes:
+    def packed(box: tuple[slice, ...], values: np.ndarray | np.uint8, dtype: type) -> bytes:
         stored = np.zeros(tuple(shape), dtype, order="F")
         nib.orientations.apply_orientation(stored, back)[box] = values
         content = _header(tuple(shape), dtype, affine) + stored.tobytes(order="F")
