@@ -78,8 +78,7 @@ def readers(folder: Path) -> dict[Path, Callable[[Path], object]]:
         save_network(folder / "checkpoint_epoch1.pth"): load_checkpoint,
         save_network(folder / "model.safetensors"): load_checkpoint,
         folder / "scores.csv": evaluation.load_scores,
-        subject.folder / "ct.b2nd": read_store,
-        subject.folder / "codes.b2nd": read_store,
+        **dict.fromkeys(sorted(subject.folder.glob("*.b2nd")), read_store),
         folder / "predictions" / "s0.json": read_prediction,
         folder / "predictions" / "s0.b2nd": read_prediction,
     }
