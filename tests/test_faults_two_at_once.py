@@ -5,7 +5,6 @@ One waits or is refused with a message; what comes out is of one of them. A lock
 
 import errno
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -40,16 +39,17 @@ def wait_for(path: Path) -> None:
 # --- staging
 
 
-def stage_telling(data: str, store: str, pause: float) -> None:
-    """Stage; prints what is not in the store yet, and takes its time over it."""
+def stage_telling(data: str, store: str, begun: str, go: str) -> None:
+    """Stage, which leaves a file `begun`; prints what is not in the store yet, and waits for a file `go` with it."""
     original = staging._write_store
 
     def write(subject, folder, *more):
         print("staging", subject.name, flush=True)
-        time.sleep(pause)
+        wait_for(Path(go))
         return original(subject, folder, *more)
 
     staging._write_store = write
+    Path(begun).touch()
     stage(find_subjects(data)[0], store, progress=False)
 
 
@@ -65,10 +65,14 @@ def test_staging(first, second, data, tmp_path, fault, many):
     row = fault("two processes stage the same data into the same store", "one waits for the other, and stages nothing")
     stage(find_subjects(data)[0], tmp_path / "whole", progress=False)
     for number in range(many(1, 10)):
-        store = tmp_path / str(number)
-        first.start("test_faults_two_at_once:stage_telling", data, store, 0.1)
-        time.sleep(0.03 * number)
-        second.start("test_faults_two_at_once:stage_telling", data, store, 0.1)
+        store, begun, go = (tmp_path / f"{number}{end}" for end in ("", ".begun", ".go"))
+        first.start("test_faults_two_at_once:stage_telling", data, store, begun, go)
+        time.sleep(0.02 * number)
+        second.start("test_faults_two_at_once:stage_telling", data, store, f"{begun}2", go)
+        for file in (begun, Path(f"{begun}2")):
+            wait_for(file)
+        time.sleep(0.5)  # for both to come to the lock
+        go.touch()
         both = first.wait(), second.wait()
         assert [each.code for each in both] == [0, 0], both
         staged = sorted(line for each in both for line in each.out.splitlines() if line.startswith("staging"))
@@ -81,11 +85,17 @@ def test_staging(first, second, data, tmp_path, fault, many):
 def test_a_lock_goes_with_a_killed_process(first, second, data, tmp_path, fault, many):
     row = fault("staging killed while another process waits for it", "the other one goes on at once")
     for number in range(many(1, 10)):
-        store = tmp_path / str(number)
-        first.start("test_faults_two_at_once:stage_telling", data, store, 60, kill_after=1.0 + 0.1 * number)
-        second.start("test_faults_two_at_once:stage_telling", data, store, 0)
+        store, begun, never, go = (tmp_path / f"{number}{end}" for end in ("", ".begun", ".never", ".go"))
+        go.touch()
+        first.start("test_faults_two_at_once:stage_telling", data, store, begun, never)
+        wait_for(begun)
+        time.sleep(0.5)
+        second.start("test_faults_two_at_once:stage_telling", data, store, f"{begun}2", go)
+        wait_for(Path(f"{begun}2"))
+        time.sleep(0.5 + 0.1 * number)
+        first.kill()
         killed, done = first.wait(), second.wait()
-        assert done.code == 0 and {killed.code, done.code} <= {0, -signal.SIGKILL}
+        assert killed.killed and done.code == 0 and "another process stages into it, waiting" in done.out
         assert len(files_of(store)) == 9 and left_over(store) == []
         row.times += 1
 
