@@ -150,11 +150,11 @@ def open_data(
 def _read_split(path: Path) -> tuple[Path, dict[str, int], Split]:
     """Where a run's data lay, the size of each CT, and its split, from `split.json`."""
     content = read_json(path, "train again")
-    split = Split.from_json(content, str(path))
     try:
+        split = Split.from_json(content, str(path))
         data_dir, sizes = Path(content["data_dir"]), {**content["ct_bytes"]}
-    except (KeyError, TypeError) as error:
-        raise SegkitError(f"{path}: damaged ({error!r}); train again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise SegkitError(f"{path}: damaged ({error}); train again") from error
     if not split.test:
         raise SegkitError(f"{path}: names no test subject; train again")
     return data_dir, sizes, split
