@@ -6,7 +6,6 @@ Here it is judged whether CT and labels can be true of a patient, and whether th
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 from collections import Counter
@@ -111,8 +110,8 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def write_audit(table: pd.DataFrame, path: str | Path) -> Path:
-    """Write the table of `audit` as CSV (`runs.write_csv`, texts quoted) and return its path."""
-    return write_csv(path, table, quoting=csv.QUOTE_NONNUMERIC)
+    """Write the table of `audit` as CSV (`runs.write_csv`) and return its path."""
+    return write_csv(path, table)
 
 
 def _row_of(finding: Finding) -> Row:

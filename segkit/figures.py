@@ -1,11 +1,13 @@
-"""Charts over cases: training curves, distributions, success rates, volumes, subjects. A case: a subject's structure.
+"""The network as a drawing, and charts over cases: curves, distributions, success rates, volumes, subjects.
 
-Scores are the table of `evaluation.evaluate`. Every chart says the split and how many cases it is of.
+A case: a subject's structure. Scores are the table of `evaluation.evaluate`. Every chart says the split and how many
+cases it is of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,13 +17,52 @@ from matplotlib.figure import Figure
 
 from segkit.errors import SegkitError
 from segkit.metrics import MEASURES, SUCCESS_THRESHOLDS, nan_mean
-from segkit.styles import BLACK, BLUE, GREEN, GROUP_STYLES, SKY, VERMILION, counted, groups_in, sentence
+from segkit.styles import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    GROUP_STYLES,
+    ORANGE,
+    SKY,
+    VERMILION,
+    counted,
+    groups_in,
+    sentence,
+)
 from segkit.summaries import per_subject
+from segkit.unet import UNet2D
 
 DRAWN = {name: measure.title for name, measure in MEASURES.items() if not measure.signed}
 """What `plot_distribution` draws: all measures but those that may be below 0."""
 
 LINEAR_TO_MM = 1.0  # axes of distances are linear up to here, logarithmic above, so that 0 has a place
+
+
+def plot_unet(network: UNet2D, target_shape: tuple[int, int] = (256, 256)) -> Figure:
+    """The network as data walk through it: down the left side, up the right one, channels and pixels of each level."""
+    levels = len(network.features)
+    widths = [*network.features, 2 * network.features[-1], *reversed(network.features)]
+    depths = [*range(levels), levels, *reversed(range(levels))]
+    figure, axes = plt.subplots(figsize=(11, 0.9 + 0.62 * (levels + 1)), layout="constrained")
+    for place, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        side = " x ".join(str(size // 2**depth) for size in target_shape)
+        color = SKY if place <= levels else ORANGE
+        axes.text(place, -depth, f"{width} channels\n{side}", ha="center", va="center", fontsize=8,
+                  bbox={"boxstyle": "round", "facecolor": color, "alpha": 0.45, "edgecolor": "none"})  # fmt: skip
+    for text, x in (
+        (f"slice\n{counted(network.in_channels, 'channel')}", -1),
+        (f"{network.head.out_channels} outputs,\none a structure", 2 * levels + 1.2),
+    ):
+        axes.text(x, 0, text, ha="center", va="center", fontsize=8)
+    path = [(-1, 0), *zip(range(2 * levels + 1), (-depth for depth in depths), strict=True), (2 * levels + 1, 0)]
+    skips = [((level, -level), (2 * levels - level, -level)) for level in range(levels)]
+    for (start, end), line in [*((pair, "-") for pair in pairwise(path)), *((skip, "--") for skip in skips)]:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "ls": line, "color": GREY, "shrinkA": 30,
+                                                  "shrinkB": 30}, zorder=0)  # fmt: skip
+    axes.set(xlim=(-1.5, 2 * levels + 1.8), ylim=(-levels - 0.5, 0.5))
+    axes.set_axis_off()
+    return figure
 
 
 def plot_history(history: Sequence[Mapping]) -> Figure:
@@ -60,7 +101,7 @@ def plot_distribution(scores: pd.DataFrame, split: str, metric: str = "dice") ->
     if cases.empty:
         return sentence(f"{DRAWN[metric]}, {split} split: none of {counted(len(held), 'case')} has a value")
     groups = groups_in(held)
-    size = (12, max(3.4, 1.4 + 0.34 * len(groups)))
+    size = (11, max(3.4, 1.4 + 0.34 * len(groups)))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.5), layout="constrained")
     values = cases[metric].to_numpy(float)
     left.hist(values, _bins(values, metric), color=SKY, edgecolor="white", lw=0.4)

@@ -16,8 +16,39 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segkit.codes import CodeVolume
+from segkit.errors import SegkitError
 from segkit.pictures import TEXT_BOX, WINDOWS, colors_of_codes, hang, occurring, only, window
 from segkit.progress import Progress, worst_structures
+
+
+class Remembered:
+    """What a section of a notebook was run with, for cells that build on it long after somebody changed a setting.
+
+    names: the notebook's `globals()`; settings: the names of those that the section read; files: what it read from.
+    """
+
+    def __init__(self, section: str, names: Mapping[str, object], settings: Sequence[str], files: Sequence[Path] = ()):
+        self.section, self.files = section, files
+        self.values = {name: repr(names[name]) for name in settings}
+        self.times = self._times()
+
+    def check(self, names: Mapping[str, object]) -> None:
+        """Raises SegkitError that names what has changed since, and the section to run again."""
+        changed = [
+            f"{name} = {names[name]!r}, it was {before}"
+            for name, before in self.values.items()
+            if repr(names[name]) != before
+        ]
+        changed += [
+            f"{path} was written anew"
+            for path, before, now in zip(self.files, self.times, self._times(), strict=True)
+            if now != before
+        ]
+        if changed:
+            raise SegkitError(f"changed since section {self.section} was run: {'; '.join(changed)}. Run it again")
+
+    def _times(self) -> list[int | None]:
+        return [path.stat().st_mtime_ns if path.exists() else None for path in self.files]
 
 
 class LiveProgress:

@@ -37,11 +37,11 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
                 _add_distances(figure.data[-1], meshes[name], reference.get(name), first)
     legends = {_legend_id(place): _legend(layer, place) for place, layer in enumerate(layers)}
     figure.update_layout(
-        title=f"{check_name(subject)}: {' and '.join(layers)} in mm, seen from the front",
+        title={"text": f"{check_name(subject)}, from the front", "x": 0.01, "font": {"size": 15}},
         scene={
             "aspectmode": "data",
-            "xaxis": {**SIDE, "title": "left — right"},
-            "yaxis": {**SIDE, "title": "back — front"},
+            "xaxis": {**SIDE, "nticks": 4, "title": "left — right"},
+            "yaxis": {**SIDE, "nticks": 3, "title": "back — front"},  # seen from its end
             "zaxis": {**SIDE, "title": "feet — head"},
             "camera": _from_the_front([mesh for meshes in layers.values() for mesh in meshes.values()]),
         },
@@ -67,7 +67,7 @@ def _from_the_front(meshes: Sequence[Mesh]) -> dict:
     extent = np.ptp(corners, axis=0) if len(corners) else np.ones(3)
     # plotly's unit with the aspect mode "data": the geometric mean of the three extents
     extent = extent / np.prod(extent) ** (1 / 3)
-    away = 1.25 * max(extent[0], extent[2]) + extent[1] / 2
+    away = 1.4 * max(extent[0], extent[2]) + extent[1] / 2
     return {"eye": {"x": 0.0, "y": float(away), "z": 0.15}, "up": {"x": 0, "y": 0, "z": 1}}
 
 
@@ -135,7 +135,7 @@ def _add_buttons(figure: go.Figure, layer: str) -> None:
     figure.update_layout(
         updatemenus=[{
             "type": "buttons", "direction": "right", "showactive": True,
-            "x": 0.5, "xanchor": "center", "y": 1.0, "yanchor": "top", "pad": {"t": 4},
+            "x": 0.5, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "pad": {"b": 4},
             "buttons": [
                 {"label": "structures", "method": "restyle", "args": [plain]},
                 {"label": f"distance to {layer}", "method": "restyle", "args": [distances]},

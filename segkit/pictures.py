@@ -39,6 +39,10 @@ would make one colour look like another one."""
 OUTLINES = {"ground truth": (YELLOW, "-"), "prediction": (SKY, (0, (3, 1.5)))}
 """Colour and line of the outlines."""
 
+OPACITY = 0.55  # of structures over the grey of a CT
+
+WIDTH = 11.0  # inches, of a figure at its widest: a notebook shows it without shrinking its letters
+
 TEXT_BOX = {"facecolor": "black", "alpha": 0.4, "pad": 1, "edgecolor": "none"}  # white text on any slice
 
 
@@ -64,7 +68,7 @@ def colors_of_codes(volume: CodeVolume) -> np.ndarray:
 def overlay(
     hu: np.ndarray,
     volume: CodeVolume,
-    opacity: float = 0.55,
+    opacity: float = OPACITY,
     level_width: tuple[float, float] = WINDOWS["soft tissue"],
 ) -> np.ndarray:
     """A slice in grey with its structures in colour, float (y, x, 3), hung. `hu` and the codes are (y, x)."""
@@ -156,12 +160,18 @@ def structure_legend(figure: Figure, volumes: Sequence[CodeVolume], most: int = 
     pixels = sum((Counter(volume.voxels()) for volume in volumes), Counter())
     shown = {name for name, number in pixels.most_common(most) if number}
     order = [*(name for name in OFFICIAL if name in shown), *sorted(shown - set(OFFICIAL))]
-    handles = [Patch(color=color_of(name), label=name) for name in order]
+    handles = [Patch(color=_over_grey(color_of(name), OPACITY), label=name) for name in order]
     left_out = len(+pixels) - len(shown)
     if left_out:
         handles.append(Patch(color="none", label=f"and {left_out} smaller ones"))
     if handles:
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False)
+
+
+def _over_grey(color: str, opacity: float) -> tuple[float, float, float]:
+    """A colour as it looks over a slice, for its legend: over a dark grey, between lung and soft tissue."""
+    red, green, blue = (opacity * part + (1 - opacity) * 0.3 for part in to_rgb(color))
+    return red, green, blue
 
 
 def outline_handles() -> list[Line2D]:
@@ -171,7 +181,7 @@ def outline_handles() -> list[Line2D]:
 
 def difference_handles() -> list[Patch]:
     """What a legend says about the kinds of `difference`."""
-    return [Patch(color=color, label=label) for label, color, _ in DIFFERENCE_LOOKS.values()]
+    return [Patch(color=_over_grey(color, opacity), label=label) for label, color, opacity in DIFFERENCE_LOOKS.values()]
 
 
 def _tallest(samples: Sequence[tuple]) -> float:
@@ -197,7 +207,8 @@ def plot_slices(
     if not samples:
         return sentence("no slices to show")
     rows = 3 if len(unsure) else 2
-    size = (3.2 * len(samples), rows * (3.2 * _tallest(samples) + 0.2))
+    width = min(3.2, WIDTH / len(samples))
+    size = (width * len(samples), rows * (width * _tallest(samples) + 0.2))
     figure, axes = plt.subplots(rows, len(samples), figsize=size, squeeze=False, layout="constrained")
     for column, (title, hu, volume, spacing_mm) in zip(axes.T, samples, strict=True):
         show_slice(column[0], hang(window(hu)), spacing_mm, title, cmap="gray")
@@ -219,7 +230,7 @@ def plot_predictions(
     """
     if not samples:
         return sentence("no slices to show")
-    size = (13, len(samples) * (3.2 * _tallest(samples) + 0.3))
+    size = (WIDTH, len(samples) * (WIDTH / 4 * _tallest(samples) + 0.3))
     figure, axes = plt.subplots(len(samples), 4, figsize=size, squeeze=False, layout="constrained")
     for row, (name, hu, reference, prediction, spacing_mm) in zip(axes, samples, strict=True):
         show_slice(row[0], hang(window(hu)), spacing_mm, name, cmap="gray")

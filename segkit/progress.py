@@ -65,3 +65,13 @@ def worst_structures(history: Sequence[Mapping], count: int = 8, epochs: int = 6
     if scored:
         table = table.sort_values(table.columns[-1], kind="stable").head(count)
     return table.rename_axis("worst structures")
+
+
+def history_table(histories: Sequence[Sequence[Mapping]]) -> pd.DataFrame:
+    """A row a member (from 1) and epoch, the columns of `training.History` but the Dice of each structure."""
+    rows = [{"member": number, **row} for number, history in enumerate(histories, 1) for row in history]
+    return (
+        pd.DataFrame(rows, columns=None if rows else ["member", "epoch"])
+        .drop(columns="val_dice_of", errors="ignore")
+        .set_index(["member", "epoch"])
+    )

@@ -34,7 +34,7 @@ def plot_ranking(table: pd.DataFrame, split: str) -> Figure:
     if ranked.empty:
         return sentence(f"ranking, {split} split: the reference holds no structure")
     ends = ranked.reindex(columns=["dice_low", "dice_high"]).to_numpy(float)
-    figure, panels = _panels(len(ranked), width=5.2)
+    figure, panels = _panels(len(ranked), width=3.7)
     for axis, rows in panels:
         part, (low, high) = ranked.iloc[rows], ends[rows].T
         places = np.arange(len(part))

@@ -19,7 +19,7 @@ from segkit.metrics import MEASURES
 from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
 from segkit.runs import make_folder, time_stamp, write_csv, write_json
-from segkit.styles import save_figure
+from segkit.styles import counted, save_figure
 
 CAPTIONS = {
     "metrics_distribution": "The cases (a subject and a structure that it holds), and a box a group.",
@@ -45,7 +45,7 @@ class Report:
     stamp: str = field(default_factory=time_stamp)
     files: list[Path] = field(default_factory=list)
     outcome: dict = field(default_factory=dict)  # of `summary`
-    _sections: list[Section] = field(default_factory=list)
+    _sections: dict[str, Section] = field(default_factory=dict)  # by figure: one that is drawn again takes its place
 
     @property
     def split(self) -> str:
@@ -115,7 +115,10 @@ class Report:
         for row in cases.pick_cases(self.evaluated.scores).to_dict("records"):
             subject, prediction = self._subject(row["subject"])
             samples.append(cases.case_sample(row, subject, self.data.test_part(row["subject"]), prediction))
-        return self._save("best_median_worst", cases.plot_cases(samples, f"{self.split} split"))
+        return self._save(
+            "best_median_worst",
+            cases.plot_cases(samples, f"The worst, the median and the best case, {self.split} split"),
+        )
 
     def visualization(self, subject_name: str | None = None, slices: int = 4) -> Figure:
         """`segmentation_visualization_<stamp>.png`: some slices of a subject, of the first one by default."""
@@ -152,7 +155,7 @@ class Report:
         tables = [
             Section("Means", MEANS_TEXT, table=means_table(scores)),
             Section("Success rates", CAPTIONS["success_rates"], table=summaries.success_rates(scores).reset_index()),
-            *self._sections,
+            *self._sections.values(),
             Section("All structures", "Best first; n: subjects that hold it.", table=summaries.per_structure(scores)),
             Section("All subjects", "Best first; n: structures that it holds.", table=summaries.per_subject(scores)),
             Section("What was called what", "The pairs with the largest shares.", table=pairs),
@@ -160,7 +163,8 @@ class Report:
         lead = [
             headline(self.outcome),
             f"Found means a Dice of {self.outcome['found_at_dice']:g} or more; surface Dice at "
-            f"{self.outcome['nsd_tolerance_mm']:g} mm. Model: {', '.join(self.outcome['checkpoints'])}. "
+            f"{self.outcome['nsd_tolerance_mm']:g} mm. "
+            f"Model: {', '.join(map(self._name, self.outcome['checkpoints']))}. "
             "For education and research, not for diagnosis.",
         ]
         path = Path(self.output_dir) / f"report_{self.stamp}.html"
@@ -184,9 +188,14 @@ class Report:
         subject = self.data.staged[name]
         return subject, evaluation.load_prediction(self.predictions_dir, subject)
 
+    def _name(self, checkpoint: str) -> str:
+        """A checkpoint as the page, which may be mailed, names it: without the folders of this machine."""
+        path, own = Path(checkpoint).absolute(), Path(self.output_dir).absolute()
+        return (path.relative_to(own) if path.is_relative_to(own) else Path(path.parent.name, path.name)).as_posix()
+
     def _save(self, name: str, figure: Figure) -> Figure:
-        path = save_figure(Path(self.output_dir) / f"{name}_{self.stamp}.png", figure)
-        self._sections.append(Section(name.replace("_", " ").capitalize(), CAPTIONS[name], self._keep(path)))
+        path = self._keep(save_figure(Path(self.output_dir) / f"{name}_{self.stamp}.png", figure))
+        self._sections[name] = Section(name.replace("_", " ").capitalize(), CAPTIONS[name], path)
         return figure
 
     def _write_csv(self, name: str, table: pd.DataFrame) -> Path:
@@ -194,7 +203,8 @@ class Report:
         return self._keep(write_csv(path, table))
 
     def _keep(self, path: Path) -> Path:
-        self.files.append(path)
+        if path not in self.files:  # cells of a notebook run more than once
+            self.files.append(path)
         return path
 
 
@@ -219,13 +229,13 @@ MEANS_TEXT = (
 )
 
 
-def means_table(scores: pd.DataFrame) -> pd.DataFrame:
+def means_table(scores: pd.DataFrame, protocol: str = "segkit") -> pd.DataFrame:
     """The means of `summaries.aggregate` in words: a row what they are over, a column a measure, then n and cases."""
-    means = summaries.aggregate(scores)
+    means = summaries.aggregate(scores, protocol=protocol)
     means["words"] = [
         "-"
         if np.isnan(row.mean)
-        else f"{row.mean:.3f}" + ("" if np.isnan(row.low) else f" ({row.low:.3f} to {row.high:.3f})")
+        else _short(row.mean) + ("" if np.isnan(row.low) else f" ({_short(row.low)} to {_short(row.high)})")
         for row in means.itertuples()
     ]
     table = means.pivot(index="over", columns="measure", values="words").reindex(
@@ -233,6 +243,11 @@ def means_table(scores: pd.DataFrame) -> pd.DataFrame:
     )
     numbers = means[means["measure"] == "dice"].set_index("over")[["n", "cases"]]
     return table.rename(columns={name: measure.title for name, measure in MEASURES.items()}).join(numbers).reset_index()
+
+
+def _short(value: float) -> str:
+    """Three decimals of a score, one of tens of mm or ml."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def _records(table: pd.DataFrame) -> list[dict]:
@@ -252,9 +267,9 @@ def headline(summary: Mapping) -> str:
     low, high = scores["macro_dice_low"], scores["macro_dice_high"]
     sure = "" if low is None else f" (95 % interval {low:.3f} to {high:.3f})"
     return (
-        f"macro Dice {of_scores}{sure} over {scores['structures']} structures of "
-        f"{scores['subjects']} subjects ({summary['split']} split); the reference itself, through TARGET_SHAPE and "
-        f"back: {of_bound}. "
+        f"macro Dice {of_scores}{sure} over {counted(scores['structures'], 'structure')} of "
+        f"{counted(scores['subjects'], 'subject')} ({summary['split']} split); the reference itself, through "
+        f"TARGET_SHAPE and back: {of_bound}. "
         f"{scores['found']} cases found, {scores['missed']} missed, {scores['false_alarms']} false alarms, "
         f"{scores['correctly_absent']} correctly absent."
     )

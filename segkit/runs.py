@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -158,6 +159,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     try:
         write(temporary)
         temporary.replace(path)
+    except UnwritableError as error:  # `write` writes whole, too
+        raise UnwritableError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -230,13 +233,15 @@ def sweep(folder: Path, lock: Path | None = None) -> None:
 
 
 def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:
-    """Write a table as CSV, UTF-8, whole or not at all; `options` of pandas.
+    """Write a table as CSV, UTF-8 with texts in quotes, whole or not at all; `options` of pandas.
 
     Names of others end up in it: where a spreadsheet would take a text for a formula, an apostrophe leads.
     """
     columns = {name: table[name].map(_no_formula) for name in table if table[name].dtype.kind not in "biuf"}
     safe = table.assign(**columns)
-    return write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, encoding="utf-8", **options))
+    # in quotes also where pandas sees no need: a carriage return alone would begin another row
+    options = {"index": False, "quoting": csv.QUOTE_NONNUMERIC, "errors": "backslashreplace", **options}
+    return write_whole(path, lambda temporary: safe.to_csv(temporary, encoding="utf-8", **options))
 
 
 def _no_formula(cell: object) -> object:

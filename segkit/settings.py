@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from segkit.choices import LOSSES, MODELS, NORMS
 from segkit.errors import SegkitError
+from segkit.runs import resolve
 
 SCHEDULES = ("poly", "cosine", "plateau", "constant")
 
@@ -134,6 +135,23 @@ class TrainSettings:
     def depth(self) -> int:
         """How many slices the network labels at a time."""
         return self.patch_slices if MODELS[self.model].slabs else 1
+
+
+def from_notebook(names: Mapping[str, Any]) -> TrainSettings:
+    """The settings in a notebook's configuration cells, checked: `epochs` is EPOCHS there, and so on.
+
+    names: its `globals()`. Read at each call: what was changed in a configuration cell counts from then on. Raises
+    SegkitError for a setting that is not there, and as `TrainSettings.checked`.
+    """
+    own = [f.name.upper() for f in fields(TrainSettings)]
+    lacking = [name for name in (*own, "AUGMENT") if name not in names]
+    if lacking:
+        raise SegkitError(f"{', '.join(lacking)}: not set; run the configuration cells first")
+    values = {name.lower(): names[name] for name in own}
+    values["augmentation"] = make_augmentation(names["AUGMENT"], names["AUGMENTATION"])
+    if values["init_checkpoint"]:
+        values["init_checkpoint"] = str(resolve(values["init_checkpoint"]))
+    return TrainSettings(**values).checked()
 
 
 @dataclass(frozen=True)

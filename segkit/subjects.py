@@ -211,7 +211,7 @@ def read_meta_split(data_dir: str | Path) -> dict[str, str]:
     names another split or gives a subject two, and if it cannot be read.
     """
     path = Path(data_dir) / "meta.csv"
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():  # a link to nothing is no data set without a table
         return {}
     try:
         lines = io.StringIO(read_file(path).decode("utf-8-sig"), newline="")

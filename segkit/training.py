@@ -147,6 +147,8 @@ def _train(
                 return files.keep_interrupted()
     if progress and len(trainer.history) < settings.epochs:
         print(f"no better validation Dice for {settings.early_stopping} epochs: ended early")
+    elif progress and len(trainer.history) == done_before:
+        print(f"{output_dir}: {done_before} epochs are done, EPOCHS = {settings.epochs}: nothing to go on with")
     return History(trainer.history)
 
 
@@ -336,7 +338,7 @@ class _Trainer:
         self.learner.model.train()
         saved = time.monotonic()
         bar = tqdm(
-            loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", disable=not progress,
+            loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", leave=False, disable=not progress,
             initial=len(self.seen), total=len(self.seen) + len(loader),
         )  # fmt: skip
         with bar:

@@ -67,7 +67,7 @@ class UNet2D(nn.Module):
             )
         if norm not in NORMS:
             raise SegkitError(f"NORM = {norm!r}: expected one of {', '.join(NORMS)}")
-        self.in_channels = in_channels
+        self.in_channels, self.features = in_channels, tuple(features)
         widths = (*features, 2 * features[-1])
         self.down = nn.ModuleList(DoubleConv(a, b, norm) for a, b in pairwise((in_channels, *features)))
         self.pool = nn.MaxPool2d(2)

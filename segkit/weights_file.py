@@ -59,7 +59,9 @@ def write_weights_file(path: Path, content: dict) -> Path:
         rest = {name: value for name, value in content.items() if name != "weights"}
         rest = json.loads(json.dumps(rest, allow_nan=False))  # as it will be read
         text = json.dumps({**rest, "sha256": _digest(rest, weights)})
-        return write_whole(path, lambda temporary: safetensors.torch.save_file(weights, temporary, {ENTRY: text}))
+        # written here: the library's own files can be read by nobody but their owner
+        packed = safetensors.torch.save(weights, {ENTRY: text})
+        return write_whole(path, lambda temporary: temporary.write_bytes(packed))
     except UnwritableError:
         raise
     except (TypeError, ValueError, RecursionError, safetensors.SafetensorError) as error:
@@ -71,6 +73,7 @@ def read_weights_file(path: Path) -> dict:
     safetensors = _library()
     try:
         check_file(path)
+        path.open("rb").close()  # of a file that may not be read the library says that it is not there
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(ENTRY)
             # a copy: the file may change or go while the network is used

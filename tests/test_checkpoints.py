@@ -108,12 +108,12 @@ def test_a_failed_write_leaves_the_older_checkpoint(saved, monkeypatch):
     path, model = saved
     before = path.read_bytes()
 
-    def half(content, temporary):
-        temporary.write_bytes(b"half")
-        raise OSError("no space left on device")
+    def half(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SegkitError, match=rf"{path}: the disk is full"):
         save_checkpoint(path, model, NETWORK, LABELS, {}, 4, {}, {})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 

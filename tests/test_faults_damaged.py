@@ -197,7 +197,7 @@ def test_damaged_json(tmp_path, fault, many, made, capsys):
         return read(path)
 
     check(read_it(json.dumps(content).encode()))
-    try_all(row, many(40, 500), damaged_json(content), read_it, check, path.name)
+    try_all(row, many(40, 250), damaged_json(content), read_it, check, path.name)
 
 
 def test_the_state_of_a_download_damaged(tmp_path, fault, many):
@@ -216,7 +216,7 @@ def test_the_state_of_a_download_damaged(tmp_path, fault, many):
     def check(state):
         assert all(isinstance(name, str) for name in state.get("folders", []))
 
-    try_all(row, many(30, 300), damaged_json(content), read, check, "state.json")
+    try_all(row, many(30, 150), damaged_json(content), read, check, "state.json")
 
 
 TWICE = {
@@ -257,7 +257,7 @@ def test_damaged_meta_csv(tmp_path, fault, many):
     assert len(read(META)) == 12
     cells = [b";", b"\r\n", b'"', b"\0", b"train", b"\xff", b"a" * 200_000, b"s0000;1;m;val\r\n"]
     contents = damaged(META, len(META)) | with_pieces(META, cells)
-    try_all(row, many(60, 600), contents, read, check, "meta.csv")
+    try_all(row, many(60, 300), contents, read, check, "meta.csv")
 
 
 def scores_table() -> pd.DataFrame:
@@ -294,7 +294,7 @@ def test_damaged_scores(tmp_path, fault, many, recwarn):
     pd.testing.assert_frame_equal(read(text), whole)
     cells = [b",", b"\n", b'"', b"nan", b"inf", b"-1", b"=1+1", b"\0", b"True", b"1e400", b"9" * 400, b"liver", b"\xff"]
     contents = damaged(text, len(text)) | with_pieces(text, cells)
-    try_all(row, many(60, 600), contents, read, check, path.name)
+    try_all(row, many(60, 300), contents, read, check, path.name)
 
 
 # --- stores
@@ -325,7 +325,7 @@ def test_damaged_stores(tmp_path, fault, many, name):
         assert same_codes(read_labels[0], volume)
         assert all(np.array_equal(plane.codes, volume.codes[z]) for z, plane in enumerate(read_labels[1:]))
 
-    try_all(row, many(50, 600), damaged(path.read_bytes(), 200), read, check, path.name)
+    try_all(row, many(50, 300), damaged(path.read_bytes(), 200), read, check, path.name)
 
 
 def test_a_store_that_was_cut_short_is_made_again(tmp_path, fault, many):
@@ -369,7 +369,7 @@ def test_damaged_checkpoints(tmp_path, fault, many, name):
         assert same_network(found.model, whole.model) and (found.label_map, found.epoch) == (LABELS, 1)
         assert (found.settings, found.scores, found.record) == (whole.settings, whole.scores, whole.record)
 
-    try_all(row, many(50, 600), damaged(path.read_bytes(), 1500), read, check, name)
+    try_all(row, many(50, 300), damaged(path.read_bytes(), 1500), read, check, name)
 
 
 WEIGHTS = (torch.zeros(3), torch.tensor(float("nan")), torch.zeros(4, 1, 3, 3).to_sparse(), {"x": torch.zeros(1)}, "w")
@@ -396,7 +396,7 @@ def test_checkpoints_with_other_content(tmp_path, fault, many):
             logits = found.model(torch.zeros(1, 1, *found.target_shape))
         assert logits.shape == (1, len(found.label_map), *found.target_shape) and logits.isfinite().all()
 
-    try_all(row, many(40, 500), other_content(content), read, check, path.name)
+    try_all(row, many(40, 300), other_content(content), read, check, path.name)
 
 
 @pytest.fixture(scope="module")
@@ -435,4 +435,4 @@ def test_damaged_states(stopped, tmp_path, fault, many, kind):
         write_json(tmp_path / "history.json", found.history)  # as the next epoch would
 
     read(path.read_bytes() if kind == "bytes" else content)
-    try_all(row, many(30, 300), contents, read, check, path.name)
+    try_all(row, many(30, 200), contents, read, check, path.name)

@@ -100,7 +100,7 @@ def test_damaged_volumes(tmp_path, fault, many, kind):
         path.write_bytes(content)
         return read_one(path)
 
-    try_all(row, many(40, 700), contents, read, check, name)
+    try_all(row, many(40, 400), contents, read, check, name)
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "run lengths", "many frames", "first slice"])
@@ -124,7 +124,7 @@ def test_damaged_dicom(tmp_path, fault, many, kind):
 
     # 132 bytes say that it is DICOM: without them it is another file
     contents = damaged(content[132:], 1200).map(lambda rest: content[:132] + rest)
-    try_all(row, many(25, 300), contents, read, check_scan, "the series")
+    try_all(row, many(25, 200), contents, read, check_scan, "the series")
 
 
 def test_a_slice_that_is_no_dicom_any_more_is_told(tmp_path, fault):
@@ -201,7 +201,7 @@ def test_damaged_labels(tmp_path, fault, many, kind):
         path.write_bytes(content)
         return read_subject(tmp_path)
 
-    try_all(row, many(25, 400), contents, read, check_codes if inside else check_same_masks, path.name)
+    try_all(row, many(25, 250), contents, read, check_codes if inside else check_same_masks, path.name)
 
 
 NUMBERS = {

@@ -27,6 +27,7 @@ MEASURE = """
 import gc, json, os, sys, time, tracemalloc
 from pathlib import Path
 import psutil
+from segkit.runs import left_behind
 sys.path.insert(0, {tests!r})
 process, rows = psutil.Process(), []
 def measure(**more):
@@ -52,7 +53,7 @@ def write_json(*args):
 training.write_json = write_json
 folder = Path({folder!r})
 def after(history):
-    measure(left=len(list(folder.glob(".*"))), history=(folder / "training_history.json").stat().st_size,
+    measure(left=len(list(left_behind(folder))), history=(folder / "training_history.json").stat().st_size,
             bytes=sum(path.stat().st_size for path in folder.iterdir()), writing=writing[-1])
 if {traced}:
     tracemalloc.start()
@@ -78,7 +79,7 @@ predictor = Predictor(build_network(features=[4, 8], out_channels=3), data.label
 folder = Path({folder!r})
 def predict(subject, original=predictor.predict):
     prediction = original(subject)
-    measure(left=len(list(folder.glob(".*"))))
+    measure(left=len(list(left_behind(folder))))
     return prediction
 predictor.predict = predict
 found = evaluation.evaluate(predictor, data.staged, [Part(name) for name in data.staged], "test", folder,

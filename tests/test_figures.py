@@ -10,6 +10,7 @@ from PIL import Image
 from segkit import figures, styles
 from segkit.errors import SegkitError
 from segkit.labels import GROUPS, group_of, official_names
+from segkit.unet import UNet2D
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,16 @@ def test_every_group_has_a_style_of_its_own_without_colour():
     looks = styles.GROUP_STYLES.values()
     assert len({look.marker for look in looks}) == len(GROUPS)
     assert len({(look.color, str(look.line)) for look in looks}) == len(GROUPS)
+
+
+def test_the_network_is_drawn_with_its_own_channels_and_sizes():
+    figure = figures.plot_unet(UNet2D(2, 7, (4, 8)), (32, 48))
+    figure.canvas.draw()
+    words = [text.get_text().split("\n") for text in figure.axes[0].texts if text.get_text()]
+    assert words == [
+        ["4 channels", "32 x 48"], ["8 channels", "16 x 24"], ["16 channels", "8 x 12"], ["8 channels", "16 x 24"],
+        ["4 channels", "32 x 48"], ["slice", "2 channels"], ["7 outputs,", "one a structure"],
+    ]  # fmt: skip
 
 
 def test_history_with_and_without_scores():

@@ -184,6 +184,29 @@ def test_progress_is_drawn_after_each_epoch_and_shown_in_one_place(phantom_data,
     assert all(before != after for before, after in zip(*pictures, strict=True)) and not plt.get_fignums()
 
 
+def test_what_a_section_was_run_with_is_remembered(tmp_path):
+    names = {"EXCLUDE": [], "SEED": 0, "EPOCHS": 5}
+    read = tmp_path / "split.json"
+    opened = interactive.Remembered("7", names, ["EXCLUDE", "SEED"], [read])
+    names["EPOCHS"] = 6  # the section did not read it
+    opened.check(names)
+    names["EXCLUDE"].append("s0001")  # the same list, changed in place
+    with pytest.raises(SegkitError, match=r"changed since section 7 was run: EXCLUDE = \['s0001'\], it was \[\]\. Run"):
+        opened.check(names)
+    names["EXCLUDE"].clear()
+    read.touch()
+    with pytest.raises(SegkitError, match=r"section 7 was run: .*split.json was written anew"):
+        opened.check(names)
+
+
+def test_the_history_of_each_member_by_hand():
+    row = {"epoch": 1, "train_loss": 0.5, "val_dice_of": {"liver": 0.5}}
+    table = progress.history_table([[row, {**row, "epoch": 2}], [row]])
+    assert list(table.index) == [(1, 1), (1, 2), (2, 1)] and list(table.columns) == ["train_loss"]
+    assert progress.history_table([[]]).empty and progress.history_table([]).index.names == ["member", "epoch"]
+    assert row["val_dice_of"]  # the history itself stays whole
+
+
 def test_the_worst_structures_of_the_last_epoch_come_first():
     rows = [
         {"epoch": 1, "val_dice_of": {"liver": 0.5, "aorta": 0.1, "spleen": 0.3}},

@@ -19,6 +19,7 @@ from segkit.choices import LOSSES
 from segkit.dataset import open_data
 from segkit.losses import ModelWithLoss, positive_weights, structure_frequencies
 from segkit.ranks import Ranks
+from segkit.runs import left_behind
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
 from segkit.steps import Learner, train_voxels
@@ -83,10 +84,11 @@ def two_processes(phantom_data, tmp_path_factory) -> tuple[Path, Path]:
 def test_one_process_writes_all_files(two_processes):
     folder, stage_dir = two_processes
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "last_state.pth",
-        "sample_predictions.png", "settings.json", "split.json", "training_history.json", "training_history.png",
+        ".lock", ".predictions.lock", "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json",
+        "last_state.pth", "sample_predictions.png", "settings.json", "split.json", "training_history.json",
+        "training_history.png",
     ]  # fmt: skip
-    assert len(list(stage_dir.glob("*/*/subject.json"))) == 5 and not list(folder.rglob(".*"))
+    assert len(list(stage_dir.glob("*/*/subject.json"))) == 5 and not list(left_behind(folder))
     history = json.loads((folder / "training_history.json").read_text())
     assert history["record"]["processes"] == 2
     assert [row["steps"] for row in history["epochs"]] == [4, 4]  # of 13 slices in batches of 4 over both

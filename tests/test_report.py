@@ -71,10 +71,30 @@ def test_the_report_shows_all_figures_and_tables_and_needs_no_other_file(reporte
     assert "http://" not in page and "https://" not in page and "<script" not in page
 
 
+def test_a_figure_that_is_drawn_again_stands_in_the_report_once(reported):
+    before = list(reported.files)
+    reported.ranking()
+    reported.page()
+    reported.report()
+    assert reported.files == before
+    page = next(reported.output_dir.glob("report_*.html")).read_text()
+    assert page.count("<h2>Structure ranking</h2>") == 1
+
+
+def test_a_report_that_is_mailed_tells_no_folders(reported):
+    page = next(reported.output_dir.glob("report_*.html")).read_text()
+    assert "Model: checkpoint_epoch1.pth." in page and str(reported.output_dir) not in page
+    assert reported._name("/models/torso/weights.safetensors") == "torso/weights.safetensors"
+
+
 def test_means_in_words(reported):
     table = means_table(reported.evaluated.scores).set_index("over")
     [row] = summaries.aggregate(reported.evaluated.scores, ["nsd"]).query("over == 'structures'").itertuples()
     assert table.loc["structures", "surface Dice"] == f"{row.mean:.3f} ({row.low:.3f} to {row.high:.3f})"
+    far = table.loc["structures", "Hausdorff distance (mm)"].split()[0]  # tens of mm need no third decimal
+    assert len(far.partition(".")[2]) == (1 if float(far) >= 10 else 3)
+    free = means_table(reported.evaluated.scores, "totalsegmentator").set_index("over")
+    assert free.loc["cases", "Dice"] != table.loc["cases", "Dice"]  # there a false alarm costs nothing
     assert list(table.index)[:3] == ["structures", "cases", "subjects"] and table.loc["subjects", "n"] == 2
     one = reported.evaluated.scores.query("subject == subject.iloc[0]")
     assert means_table(one).set_index("over").loc["structures", "Dice"].count("(") == 0  # one subject: no interval

@@ -98,6 +98,14 @@ def test_more_epochs_can_be_added_but_nothing_else_may_change(phantom_data, unin
         train(other_split, SETTINGS, tmp_path / "run", progress=False, resume=True)
 
 
+def test_a_training_that_is_done_says_so_and_stays_as_it_is(uninterrupted, phantom_data, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for epochs in (3, 2):
+        history = train(phantom_data, replace(SETTINGS, epochs=epochs), tmp_path / "run", resume=True)
+        assert f"3 epochs are done, EPOCHS = {epochs}: nothing to go on with" in capsys.readouterr().out
+        assert len(history) == 3 and same(weights_of(tmp_path / "run"), weights_of(uninterrupted))
+
+
 def test_a_state_that_is_none_is_named(tmp_path):
     path = tmp_path / "last_state.pth"
     path.write_bytes(b"nonsense")

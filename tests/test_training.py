@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from segkit.errors import SegkitError
 from segkit.evaluation import evaluate
 from segkit.inference import Predictor
 from segkit.ranks import Ranks
-from segkit.settings import NO_AUGMENTATION, TrainSettings
+from segkit.settings import NO_AUGMENTATION, TrainSettings, from_notebook
 from segkit.slices import Targets
 from segkit.summaries import summarize
 from segkit.training import train
@@ -36,8 +37,8 @@ def test_a_run_writes_what_the_readme_names(phantom_data, tmp_path):
     seen = []
     history = train(phantom_data, SMALL, tmp_path, on_epoch=lambda h: seen.append(len(h)), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json", "last_state.pth", "settings.json",
-        "split.json", "training_history.json",
+        ".lock", ".predictions.lock", "checkpoint_epoch1.pth", "checkpoint_epoch2.pth", "label_map.json",
+        "last_state.pth", "settings.json", "split.json", "training_history.json",
     ]  # fmt: skip
     assert seen == [1, 2] and [row["steps"] for row in history] == [3, 3]
     assert json.loads((tmp_path / "training_history.json").read_text())["epochs"] == history
@@ -136,6 +137,29 @@ def test_validation_counts_equal_those_of_dense_planes(seed):
 def test_settings_that_make_no_sense_are_named(wrong):
     with pytest.raises(SegkitError, match=next(iter(wrong)).upper()):
         TrainSettings(**wrong).checked()
+
+
+def test_a_notebooks_settings_are_read_anew_and_none_is_left_out(tmp_path, monkeypatch):
+    # what the configuration cells say is the default of each setting, so that a notebook's run is a shell's run
+    notebook = json.loads((ROOT / "notebooks" / "train_unet.ipynb").read_text())
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["id"] in ("configuration-details", "cell-10"):
+            exec("".join(cell["source"]), names)
+    assert from_notebook(names) == TrainSettings()
+    names |= {"EPOCHS": 7, "TARGET_SHAPE": [64, 96], "AUGMENTATION": {"noise_hu": 3}, "INIT_CHECKPOINT": "a/b.pth"}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "segkit").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    chosen = from_notebook(names)
+    assert (chosen.epochs, chosen.target_shape, chosen.augmentation.noise_hu) == (7, (64, 96), 3.0)
+    assert chosen.init_checkpoint == str(tmp_path / "a" / "b.pth")
+    assert from_notebook({**names, "AUGMENT": False}).augmentation.rotation_degrees == 0
+    with pytest.raises(SegkitError, match="BATCH_SIZE = 0"):
+        from_notebook({**names, "BATCH_SIZE": 0})
+    del names["EPOCHS"], names["AUGMENT"]
+    with pytest.raises(SegkitError, match="EPOCHS, AUGMENT: not set; run the configuration cells first"):
+        from_notebook(names)
 
 
 def test_settings_that_stop_a_run_leave_the_older_one_in_place(phantom_data, tmp_path):
