@@ -34,9 +34,10 @@ def changed(tmp_path_factory):
     """A copy of the package and of what its tests share, with all examples in it."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "segkit", folder / "segkit", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "tests/conftest.py", "tests/fault_table.py", "tests/test_imports.py"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+    (folder / "tests").mkdir()
+    shared = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
+    for path in (ROOT / "pyproject.toml", ROOT / "README.md", *shared):
+        shutil.copy(path, folder / path.relative_to(ROOT))
     for example in EXAMPLE.findall(PAGE):
         put(folder, *example)
     return folder

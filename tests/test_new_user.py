@@ -3,9 +3,12 @@
 import shutil
 import sys
 
+import nbformat
 import pytest
 
 import segkit.__main__
+from segkit.demo import execute
+from segkit.errors import SegkitError
 from segkit.settings import TrainSettings
 from segkit.training import train
 
@@ -114,12 +117,17 @@ def test_a_mistyped_command_shows_what_there_is(line, expected, place, monkeypat
 
 
 def test_a_missing_papermill_is_one_line(tmp_path, monkeypatch):
-    from segkit.demo import execute
-    from segkit.errors import SegkitError
-
     monkeypatch.setitem(sys.modules, "papermill", None)
     with pytest.raises(SegkitError, match=r"pip install 'segkit\[notebooks\]'"):
         execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {})
+
+
+def test_a_cell_that_fails_is_one_line_that_names_the_notebook(tmp_path):
+    cell = nbformat.v4.new_code_cell("print('before')\nraise OSError('no such scan')")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
+    with pytest.raises(SegkitError, match=r"b\.ipynb: cell 1 failed: OSError: no such scan") as caught:
+        execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_one_line(place, monkeypatch, capsys):
