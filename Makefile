@@ -2,10 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help demo test coverage faults lab check lint format lock clean
+.PHONY: help demo docs test coverage faults lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
+	@echo "make docs    pictures and rendered notebooks in docs/, from what the demo left in outputs/; needs chromium"
 	@echo "make test    all tests"
 	@echo "make coverage  all tests, and which lines of segkit/ they run"
 	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
@@ -23,6 +24,9 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m segkit demo
 
+docs: $(READY)
+	$(BIN)/python docs/make_docs.py
+
 test: $(READY)
 	$(BIN)/python -m pytest
 
@@ -35,7 +39,8 @@ faults: $(READY)
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/train_unet.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/train_unet.ipynb \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 check: $(READY)
 	$(BIN)/python -m segkit check

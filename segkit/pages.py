@@ -15,7 +15,7 @@ from segkit.runs import write_whole
 
 DISTANCE_COLORS = "Viridis"  # from dark to bright also for the colour-blind and in print
 FALSE_ALARM_COLOR = "#9e9e9e"  # grey: no distance to a surface that is not there
-SIDE = {"showbackground": False, "showgrid": True, "gridcolor": "#dddddd", "zeroline": False, "ticksuffix": " mm"}
+SIDE = {"showbackground": False, "showgrid": True, "gridcolor": "#dddddd", "zeroline": False}
 
 
 def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Figure:
@@ -40,9 +40,9 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
         title={"text": f"{check_name(subject)}, from the front", "x": 0.01, "font": {"size": 15}},
         scene={
             "aspectmode": "data",
-            "xaxis": {**SIDE, "nticks": 4, "title": "left — right"},
-            "yaxis": {**SIDE, "nticks": 3, "title": "back — front"},  # seen from its end
-            "zaxis": {**SIDE, "title": "feet — head"},
+            "xaxis": {**SIDE, "nticks": 4, "title": "left — right (mm)"},
+            "yaxis": {**SIDE, "nticks": 3, "title": "back — front (mm)"},  # seen from its end
+            "zaxis": {**SIDE, "title": "feet — head (mm)"},
             "camera": _from_the_front([mesh for meshes in layers.values() for mesh in meshes.values()]),
         },
         margin={"l": 0, "r": 0, "t": 45, "b": 0},

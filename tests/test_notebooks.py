@@ -1,13 +1,21 @@
 """Both notebooks run as they are, on phantoms without a path and on the real torso, with every file they promise."""
 
 import ast
+import importlib.util
 import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
 import papermill
 import pytest
-from conftest import ROOT
+from bs4 import BeautifulSoup
+from conftest import CHROMIUM, ROOT
+from PIL import Image
 
 NOTEBOOKS = ("train_unet", "segmentation_detection_analysis")
 QUICK = {
@@ -24,7 +32,8 @@ FILES = (
 
 def run(name, output_dir, **parameters):
     """Execute a notebook through papermill in a folder that is not the project's root; returns the executed one."""
-    target = output_dir / f"{name}_executed.ipynb"
+    (output_dir / "notebooks").mkdir(exist_ok=True)
+    target = output_dir / "notebooks" / f"{name}.ipynb"
     papermill.execute_notebook(
         str(ROOT / "notebooks" / f"{name}.ipynb"), str(target), {"OUTPUT_DIR": str(output_dir), **parameters},
         cwd=str(ROOT / "notebooks"), kernel_name="python3", progress_bar=False,
@@ -70,20 +79,78 @@ def test_the_configuration_has_the_defaults_that_the_readme_states():
     assert {name: values[name] for name in expected} == expected
 
 
-def test_without_data_both_notebooks_run_on_phantoms_and_say_so(tmp_path):
-    trained = run("train_unet", tmp_path, PHANTOM_SUBJECTS=3, PHANTOM_DETAIL=0.35, **QUICK)
-    assert "DATA_DIR is None: working on synthetic CT subjects" in printed(trained)
+@pytest.fixture(scope="module")
+def on_phantoms(tmp_path_factory):
+    """A folder with all that both notebooks leave without data, in the places of the demo, and what they printed."""
+    folder = tmp_path_factory.mktemp("outputs")
+    trained = run("train_unet", folder, PHANTOM_SUBJECTS=3, PHANTOM_DETAIL=0.35, **QUICK)
+    scan = next(folder.glob("phantoms_*/s*/ct.nii.gz"))
+    judged = run("segmentation_detection_analysis", folder, DEVICE="cpu", JOBS=1, OWN_SCAN=str(scan))
+    return folder, trained, judged
+
+
+def test_without_data_both_notebooks_run_on_phantoms_and_say_so(on_phantoms):
+    folder, trained, judged = on_phantoms
+    assert "DATA_DIR is None: working on synthetic CT subjects (phantoms)" in printed(trained)
     assert "epoch 1/1: loss" in printed(trained)
-    scan = next(tmp_path.glob("phantoms_*/s*/ct.nii.gz"))
-    judged = run("segmentation_detection_analysis", tmp_path, DEVICE="cpu", JOBS=1, OWN_SCAN=str(scan))
     assert "macro Dice" in printed(judged)
-    [own] = tmp_path.glob(f"segmentations_*/{scan.parent.name}")
+    scan = next(folder.glob("phantoms_*/s*/ct.nii.gz"))
+    [own] = folder.glob(f"segmentations_*/{scan.parent.name}")
     ends = {path.name.removeprefix(scan.parent.name) for path in own.iterdir()}
     assert ends == {"_labels.nii.gz", "_labels.json", "_3d.html", "_structures.csv", "_uncertainty.nii.gz"}
     for pattern in FILES:
-        assert len(list(tmp_path.glob(pattern))) == 1, pattern
+        assert len(list(folder.glob(pattern))) == 1, pattern
     shown = [output.get("data", {}) for cell in judged.cells for output in cell.get("outputs", [])]
     assert any("application/vnd.jupyter.widget-view+json" in data for data in shown)
+
+
+@pytest.fixture(scope="module")
+def make_docs():
+    """The module docs/make_docs.py."""
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "docs" / "make_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_make_docs_renders_a_run_with_its_pictures_and_without_places(on_phantoms, tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("no chromium: no picture of the 3D page")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "of_an_older_run.png").touch()
+    script = [sys.executable, ROOT / "docs" / "make_docs.py", "--outputs", on_phantoms[0], "--docs", tmp_path]
+    made = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "it runs first" not in made.stdout and "MiB in all" in made.stdout
+    linked = {"training_history.png", "sample_predictions.png", "structure_ranking.png", "best_median_worst.png",
+              "segmentation_visualization.png", "3d.png"}  # fmt: skip
+    for name, pictures in (("train_unet", 6), ("segmentation_detection_analysis", 11)):
+        page = (tmp_path / f"{name}.md").read_text()
+        own = set(re.findall(rf"images/({name}_\d+_\d+\.png)", page))
+        assert len(own) == pictures and (name == "train_unet") != ("(images/3d.png)" in page)
+        linked |= own
+        for place in (str(on_phantoms[0]), str(ROOT), str(Path.home())):
+            assert place not in page
+        assert "<style" not in page and "widget" not in page and "batch/s" not in page and "\nError" not in page
+        assert all(f"## {number}. " in page for number in range(1, 12))
+        tables = BeautifulSoup(page, "html.parser").find_all("table")
+        assert len(tables) >= 3 and max(len(table.find("tbody").find_all("tr")) for table in tables) == 12
+    assert {path.name for path in (tmp_path / "images").iterdir()} == linked
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "images").iterdir()}
+    assert all(300 < width <= 1400 for width, _ in sizes.values()) and sizes["3d.png"] == (1200, 800)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 5 * 2**20
+    # the slice browser as it stood, the 3D page with its meshes
+    colors = {name: len(Image.open(tmp_path / "images" / name).convert("RGB").getcolors(1 << 20)) for name in linked}
+    assert colors["3d.png"] > 100 and min(colors.values()) > 16
+
+
+def test_make_docs_takes_no_run_of_older_notebooks(on_phantoms, make_docs, tmp_path):
+    assert make_docs.is_run_of(on_phantoms[0], ROOT / "notebooks")
+    assert not make_docs.is_run_of(tmp_path, ROOT / "notebooks")
+    newer = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    path = newer / "train_unet.ipynb"
+    path.write_text(path.read_text().replace("Look before you train", "Look first"))
+    assert not make_docs.is_run_of(on_phantoms[0], newer)
 
 
 def test_on_the_real_torso(torso_dir, tmp_path):
