@@ -1,13 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+PEERS := .venv-peers/.installed
 
-.PHONY: help demo test faults lab check lint format lock clean
+.PHONY: help demo test faults bench lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
 	@echo "make test    all tests"
 	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
+	@echo "make bench   segkit beside its peers: docs/benchmarks.md (1.5 to 2 hours on two cores; QUICK=1: 5 minutes)"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff"
@@ -19,6 +21,13 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
 	touch $@
 
+# without them the page says which peers are missing, and goes on
+$(PEERS): benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $$(grep ^torch== $<)
+	.venv-peers/bin/python -m pip install --quiet -r $<
+	touch $@
+
 demo: $(READY)
 	$(BIN)/python -m segkit demo
 
@@ -27,6 +36,10 @@ test: $(READY)
 
 faults: $(READY)
 	SEGKIT_FAULTS=docs/reliability.md $(BIN)/python -m pytest tests/test_faults_*.py
+
+bench: $(READY)
+	-$(MAKE) $(PEERS)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
@@ -47,4 +60,4 @@ lock: $(READY)
 	$(BIN)/python tests/make_lock.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers
