@@ -75,10 +75,10 @@ def _what(bench: Bench, name: str) -> str:
 def _notes(bench: Bench, name: str, peer: Taken) -> list[str]:
     notes = [
         "nnU-Net runs by nnUNetv2_plan_and_preprocess, nnUNetv2_train and nnUNetv2_predict. Its plan is its own but "
-        f"for the batch of {BATCH} and channels that begin at {FEATURES[0]} (its own are larger: slower steps, and nothing "
-        f"learned in this time). Epochs have {ITERATIONS} iterations instead of 250, so that its learning rate falls "
-        "to zero in time; its trainer is the one without mirroring, since structures are left and right. Scores are of "
-        "checkpoint_final.",
+        f"for the batch of {BATCH} and channels that begin at {FEATURES[0]} (its own are larger: slower steps, and "
+        f"nothing learned in this time). Epochs have {ITERATIONS} iterations instead of 250, so that its learning rate "
+        "falls to zero in time; its trainer is the one without mirroring, since structures are left and right. Scores "
+        "are of checkpoint_final.",
         "Textbook: plain BCE from default weights, batch normalisation, every slice equally "
         "often, no augmentation, a constant learning rate; segkit's engine, precision and thresholds, which help it.",
     ]
@@ -93,8 +93,8 @@ def _notes(bench: Bench, name: str, peer: Taken) -> list[str]:
         found = peer.found
         notes.append(
             f"nnU-Net: plan and preprocess {found['prepare_s']:.0f} s, its command for training "
-            f"{found['train_s']:.0f} s in all, prediction {found['predict_s']:.0f} s; patches of {found['patch']} pixels, {found['levels']} "
-            "levels."
+            f"{found['train_s']:.0f} s in all, prediction {found['predict_s']:.0f} s; patches of {found['patch']} "
+            f"pixels, {found['levels']} levels."
         )
     return notes
 
