@@ -3,12 +3,14 @@
 What every work shares:
 
     worker.py         one side of a comparison in a process of its own
+    sides.py          who takes part, and what it took
     turns.py          sides take turns: medians of seconds, peaks of memory
     tables.py         rows, tables, and the folder that keeps them as they come
     machine.py        versions, processor, and the rates that it reaches at most
     inputs.py         subjects and scans of known size
     bench.py          sizes, folders and data of one run
-    nnunet.py         nnU-Net by its own commands, on data of segkit; nnunet_trainer/ is where it finds short epochs
+    nnunet.py         nnU-Net by its own commands, on data of segkit
+    nnunet_trainer.py its trainer with short epochs
     page.py           docs/benchmarks.md
     chart.py          its figure
     __main__.py       python -m benchmarks

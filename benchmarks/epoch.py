@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import inputs, nnunet
-from benchmarks.sides import ROOT, Side
+from benchmarks.sides import Side
 from benchmarks.tables import Table, floor_row, rows_of
 from benchmarks.training_step import BATCH, FEATURES, pick
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
-
-NNUNET_CODE = [ROOT / "benchmarks" / "nnunet.py", ROOT / "benchmarks" / "nnunet_trainer"]
-"""What nnU-Net's part of a result depends on."""
 
 
 def measure(bench: Bench) -> Table:
@@ -37,7 +34,7 @@ def measure(bench: Bench) -> Table:
             Side("MONAI: CacheDataset, RandAffine, BasicUNet", "benchmarks.epoch:monai",
                  {**common, "folder": str(prepared.raw)}, "peer", rounds=2),
         ]  # fmt: skip
-        seconds = bench.store.kept("nnunet_subject", NNUNET_CODE)
+        seconds = bench.store.kept("nnunet_subject", nnunet.CODE)
         notes.append(f"nnU-Net's planning and preprocessing of this one subject took {seconds:.0f} s once, before.")
     else:
         notes.append("nnU-Net and MONAI are left out: there is no environment of the peers.")
@@ -69,7 +66,7 @@ def nnunet_of_the_subject(bench: Bench) -> nnunet.NnUNet:
         inputs.write_single_labels(data, prepared.raw, {"Tr": whole})
         return prepared.prepare(changes)
 
-    bench.store.once("nnunet_subject", prepare, NNUNET_CODE)
+    bench.store.once("nnunet_subject", prepare, nnunet.CODE)
     return prepared
 
 

@@ -21,6 +21,8 @@ from benchmarks.sides import ROOT
 
 CONFIGURATION = "bench"
 TRAINER = "nnUNetTrainerShort"
+CODE = [ROOT / "benchmarks" / "nnunet.py", ROOT / "benchmarks" / "nnunet_trainer.py"]
+"""What a result of nnU-Net's depends on."""
 
 
 class CommandError(Exception):
@@ -56,7 +58,6 @@ class NnUNet:
             "nnUNet_raw": str(self.home / "raw"),
             "nnUNet_preprocessed": str(self.home / "preprocessed"),
             "nnUNet_results": str(self.home / "results"),
-            "nnUNet_extTrainer": str(ROOT / "benchmarks" / "nnunet_trainer"),
             "nnUNet_n_proc_DA": str(self.threads),
             "nnUNet_def_n_proc": str(self.threads),
             "OMP_NUM_THREADS": str(self.threads),
@@ -64,7 +65,16 @@ class NnUNet:
 
     def prepare(self, changes: Mapping) -> float:
         """nnUNetv2_plan_and_preprocess of the raw data; `changes` are what the configuration has instead of 2d's.
-        Returns the seconds."""
+
+        The trainer is put into its environment, as nnU-Net's documentation says. Not by nnUNet_extTrainer: before it
+        looks there it imports all of its own trainers, of which some need a torchvision that fits the build of torch.
+        Returns the seconds.
+        """
+        code = "import nnunetv2; print(nnunetv2.__path__[0])"
+        package = subprocess.run([self.python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        shutil.copy(
+            ROOT / "benchmarks" / "nnunet_trainer.py", Path(package) / "training/nnUNetTrainer" / f"{TRAINER}.py"
+        )
         shutil.rmtree(self.preprocessed, ignore_errors=True)
         seconds = self.run(
             "nnUNetv2_plan_and_preprocess", "-d", self.number, "-c", "2d", "-np", self.threads, "-npfp", self.threads,

@@ -11,8 +11,8 @@ HEAD = """# Side by side with what people use instead
 {quick}Made by `{command}` on {date}; one table by `python -m benchmarks{flag} --only NAME`. All sides of a table did
 the same work in turns in one run, each in a process of its own, with {threads} threads; seconds are medians of the
 rounds after one that warmed up (of one round where it takes minutes). *Times segkit*: above 1 segkit is faster, below 1
-the other one. *Peak MB*: the most resident memory of the whole process with those that it started. *Floor*: what physics
-asks for, or the best that anything could reach.
+the other one. *Peak MB*: the most resident memory of the whole process with those that it started. *Floor*: what
+physics asks for, or the best that anything could reach.
 
 ![how many times as long as segkit each takes](images/benchmarks.png)
 """

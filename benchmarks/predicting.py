@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.epoch import NNUNET_CODE, nnunet_of_the_subject
+from benchmarks import nnunet as commands
+from benchmarks.epoch import nnunet_of_the_subject
 from benchmarks.sides import ROOT, Side
 from benchmarks.tables import Table, floor_row, rows_of
 from benchmarks.training_step import FEATURES, pick
@@ -84,7 +85,7 @@ def trained(bench: Bench) -> Path:
 
 def trained_peer(bench: Bench) -> None:
     """nnU-Net's model on the same subject: its time to predict does not depend on what it learned."""
-    bench.store.once("nnunet_predicting_run", lambda: nnunet_of_the_subject(bench).train(1, 2), NNUNET_CODE)
+    bench.store.once("nnunet_predicting_run", lambda: nnunet_of_the_subject(bench).train(1, 2), commands.CODE)
 
 
 def spacing_mm(bench: Bench) -> list[float]:

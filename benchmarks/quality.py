@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.epoch import NNUNET_CODE
+from benchmarks import nnunet as commands
 from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Row, Table
 
@@ -126,7 +126,7 @@ class _Trainings:
     def peer(self) -> Taken:
         bench = self.bench
         home = {"home": str(bench.work / f"nnunet_{self.name}"), "python": bench.peers, "threads": bench.threads}
-        return self._kept("nnunet", "nnunet", NNUNET_CODE, {**self.parameters, **home})
+        return self._kept("nnunet", "nnunet", commands.CODE, {**self.parameters, **home})
 
     def _kept(self, which: str, function: str, code: list[Path], parameters: Mapping) -> Taken:
         side = Side(which, f"benchmarks.quality:{function}", parameters, "peer", rounds=1, cold=True, at_home=True)

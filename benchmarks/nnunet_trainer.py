@@ -1,4 +1,4 @@
-"""nnU-Net's trainer with short epochs; nnU-Net finds it by nnUNet_extTrainer, its own way to other trainers.
+"""nnU-Net's trainer with short epochs, to be put among nnU-Net's own.
 
 Its usual epoch of 250 iterations, of which it takes 1,000, would not end in minutes on a CPU. How many of how many
 iterations comes from BENCH_EPOCHS and BENCH_ITERATIONS. Its parent is the trainer without mirroring, which is for
