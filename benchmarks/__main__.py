@@ -35,6 +35,7 @@ from benchmarks import (
 from benchmarks.bench import QUICK, SEGKIT, Bench, Sizes
 from benchmarks.sides import ROOT
 from benchmarks.tables import Table
+from segkit.record import git_state
 from segkit.runs import write_whole
 
 
@@ -52,10 +53,10 @@ class Work:
 
 
 def works(bench: Bench) -> list[Work]:
-    """All of them, in the order of the page; growth last, since it builds on the others."""
+    """All of them, in the order of the page; growth builds on those before it."""
     sizes = bench.sizes
     steps = [Work.of(f"step_{size[0]}", training_step.measure, bench, size) for size in sizes.steps]
-    scans = [Work.of("predict_" + "_".join(map(str, shape)), predicting.measure, bench, shape) for shape in sizes.scans]
+    scans = [Work.of(predicting.name_of(shape), predicting.measure, bench, shape) for shape in sizes.scans]
     of_quality = ("torso", "phantoms") if sizes.whole else ("torso",)
     return [
         Work.of("staging", staging.measure, bench),
@@ -68,13 +69,14 @@ def works(bench: Bench) -> list[Work]:
         Work.of("starting", starting.measure, bench),
         *(Work.of(f"quality_{name}", quality.measure, bench, name) for name in of_quality),
         Work.of("growth", growth.measure, bench),
+        *([Work.of("demo", starting.demo, bench)] if sizes.whole else []),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, one round, trainings of seconds: 5 minutes")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these tables alone")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="measure these alone; without a name none")
     parser.add_argument("--fresh", action="store_true", help="measure anew what the work folder holds")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks", help="data and results")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python",
@@ -91,6 +93,7 @@ def main() -> None:
     if chosen.fresh:
         shutil.rmtree(bench.work / "results", ignore_errors=True)
     described = bench.store.once("machine", lambda: machine.describe(bench.threads, bench.device, bench.peers))
+    described["git"] = git_state(ROOT)  # a run that goes on may do so at a later commit that changes nothing measured
     tables, failed = measure_all(bench, works(bench), chosen.only)
     publish(chosen.out, tables, failed, described, run)
 
@@ -120,7 +123,7 @@ def measure_all(
     tables, failed = [], {}
     for work in wanted:
         sources = [SEGKIT, work.source]
-        if only and work.name not in only:
+        if only is not None and work.name not in only:
             kept = bench.store.kept(work.name, sources)
             if kept:
                 tables.append(Table.from_json(kept))

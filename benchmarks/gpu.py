@@ -52,9 +52,7 @@ def main() -> None:
 
 def works(bench: Bench) -> list[Work]:
     steps = [Work.of(f"step_{size[0]}", training_step.measure, bench, size) for size in bench.sizes.steps]
-    scans = [
-        Work.of("predict_" + "_".join(map(str, shape)), predicting.measure, bench, shape) for shape in bench.sizes.scans
-    ]
+    scans = [Work.of(predicting.name_of(shape), predicting.measure, bench, shape) for shape in bench.sizes.scans]
     return [*steps, *scans]
 
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.sides import Side
+from benchmarks.predicting import name_of
+from benchmarks.sides import ROOT, Side
 from benchmarks.tables import Row, Table
 from benchmarks.training_step import BATCH
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
 
+SEGKIT, HERE = ROOT / "segkit", ROOT / "benchmarks"
 FULL, FULL_TRAIN, FULL_TEST = 1228, 1082, 89
 """Subjects of TotalSegmentator 2.0.1, of its training and its test split."""
 WORKERS = (1, 2)
@@ -151,9 +153,9 @@ def trend(found: Mapping[int, Mapping[str, float]], jobs: int) -> list[str]:
 
 def costs_of_a_subject(bench: Bench) -> dict | None:
     """Of one subject of full size, from the tables before: seconds of each stage, MB of disk and memory."""
-    tables = {name: bench.store.kept(name) for name in ("staging", "epoch", "scoring")}
+    tables = {name: bench.store.kept(name, [SEGKIT, HERE / f"{name}.py"]) for name in ("staging", "epoch", "scoring")}
     size = bench.sizes.scans[0]
-    tables["predict"] = bench.store.kept("predict_" + "_".join(map(str, size)))
+    tables["predict"] = bench.store.kept(name_of(size), [SEGKIT, HERE / "predicting.py"])
     if not all(tables.values()):
         return None
     ours = {name: table["rows"][0] for name, table in tables.items()}

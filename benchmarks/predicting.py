@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -10,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from benchmarks import nnunet as commands
-from benchmarks.epoch import nnunet_of_the_subject
-from benchmarks.sides import ROOT, Side
+from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Table, floor_row, rows_of
-from benchmarks.training_step import FEATURES, pick
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
@@ -23,6 +24,8 @@ NETWORK_SHAPE = (256, 256)
 
 
 def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
+    from benchmarks.epoch import nnunet_of_the_subject  # here, since commands are measured in processes without torch
+
     scan, run = bench.scan(shape), trained(bench)
     out = bench.scratch / "predicted"
     common = {"scan": str(scan), "device": bench.device}
@@ -44,8 +47,9 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         ]  # fmt: skip
     else:
         notes.append("nnU-Net and MONAI are left out: there is no environment of the peers.")
-    taken = bench.turns(sides)
-    rows = rows_of(sides, taken)
+    hopeless = too_large(bench, shape)
+    taken = bench.turns([side for side in sides if side.name not in hopeless], seconds=900)
+    rows = rows_of(sides, {**taken, **hopeless})
     machine = bench.store.kept("machine")
     if machine:
         flops, rate = forward_flops() * shape[2], machine["rates"]["matrix_gflops"] * 1e9
@@ -61,8 +65,28 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         f"A CT of {bench.scan_name(shape)} voxels (made of {bench.data_name}) from .nii.gz to .nii.gz, networks of "
         "32-64-128-256-512 channels and 117 structures, the whole process with its start."
     )
-    name = "predict_" + "_".join(map(str, shape))
-    return Table(name, f"Predict and export {bench.scan_name(shape)}", what, rows, notes)
+    return Table(name_of(shape), f"Predict and export {bench.scan_name(shape)}", what, rows, notes)
+
+
+def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
+    """Sides whose memory at a smaller scan says that they cannot end here: with as many voxels more, as much more."""
+    smaller = bench.sizes.scans[0]
+    kept = bench.store.kept(name_of(smaller), [ROOT / "segkit", Path(__file__).resolve()])
+    if shape == smaller or kept is None:
+        return {}
+    times, most = math.prod(shape) / math.prod(smaller), psutil.virtual_memory().total / 2**20
+    words = (
+        "left out: it needed {:.1f} GiB for " + bench.scan_name(smaller) + " voxels, and here are {:.0f} times as many"
+    )
+    return {
+        row["side"]: Taken(problem=words.format(row["peak_mb"] / 1024, times))
+        for row in kept["rows"]
+        if row["kind"] == "peer" and row["peak_mb"] and row["peak_mb"] * times > 1.5 * most
+    }
+
+
+def name_of(shape: tuple[int, int, int]) -> str:
+    return "predict_" + "_".join(map(str, shape))
 
 
 def trained(bench: Bench) -> Path:
@@ -85,6 +109,8 @@ def trained(bench: Bench) -> Path:
 
 def trained_peer(bench: Bench) -> None:
     """nnU-Net's model on the same subject: its time to predict does not depend on what it learned."""
+    from benchmarks.epoch import nnunet_of_the_subject
+
     bench.store.once("nnunet_predicting_run", lambda: nnunet_of_the_subject(bench).train(1, 2), commands.CODE)
 
 
@@ -99,6 +125,7 @@ def forward_flops() -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks.training_step import FEATURES
     from segkit.unet import UNet2D
 
     network = UNet2D(1, 117, FEATURES).to("meta")
@@ -139,6 +166,8 @@ def monai(scan: str, out: str, device: str | None, spacing_mm: Sequence[float]) 
         from monai import transforms as t
         from monai.inferers import SliceInferer
         from monai.networks.nets import BasicUNet
+
+        from benchmarks.training_step import FEATURES, pick
 
         where = pick(device)
         before = t.Compose(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.sides import ROOT, Side
@@ -32,13 +31,8 @@ def measure(bench: Bench) -> Table:
         side("Python alone", "pass", "floor"),
     ]
     rows = rows_of(sides, bench.turns(sides))
-    notes = []
-    if bench.quick:
-        notes.append("make demo on a fresh clone is left out of the quick form.")
-    else:
-        rows.append(Row(**bench.store.once("demo", lambda: vars(demo(bench.scratch / "clone")))))
     what = "Seconds of a fresh Python process each; files were read before."
-    return Table("starting", "Start", what, rows, notes)
+    return Table("starting", "Start", what, rows)
 
 
 def first_cell() -> str:
@@ -49,13 +43,11 @@ def first_cell() -> str:
 def python(code: str) -> Callable[[], None]:
     def work() -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_quiet())
+        *_, last = ["", *done.stderr.strip().splitlines()]
+        if last.startswith("ModuleNotFoundError"):
+            raise ModuleNotFoundError(last, name=last.split("'")[1])
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise (
-                ModuleNotFoundError(name=lines[-1].split("'")[1])
-                if "ModuleNotFoundError" in lines[-1]
-                else (RuntimeError(lines[-1]))
-            )
+            raise RuntimeError(last)
 
     return work
 
@@ -64,21 +56,20 @@ def _quiet() -> dict[str, str]:
     return {**os.environ, "MPLBACKEND": "Agg"}
 
 
-def demo(clone: Path) -> Row:
+def demo(bench: Bench) -> Table:
     """make demo in a fresh clone: installation and all."""
-    name = "segkit: `make demo` in a fresh clone, installation included"
+    clone, name = bench.scratch / "clone", "segkit: `make demo` in a fresh clone, installation included"
     shutil.rmtree(clone, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    started = time.perf_counter()
-    with open(clone.with_suffix(".log"), "w", encoding="utf-8") as log:
+    log, started = clone.with_suffix(".log"), time.perf_counter()
+    with open(log, "w", encoding="utf-8") as file:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        code = subprocess.run(
-            ["make", "demo", f"PYTHON={sys._base_executable}"], cwd=clone, env=environment, stdout=log,
-            stderr=subprocess.STDOUT,
-        ).returncode  # fmt: skip
+        command = ["make", "demo", f"PYTHON={sys._base_executable}"]
+        code = subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     seconds = time.perf_counter() - started
-    summary = next((line for line in clone.with_suffix(".log").read_text().splitlines() if "macro Dice" in line), "")
     shutil.rmtree(clone)
     if code:
-        return Row(name, "segkit", notes=f"stopped: make ended with {code}, see {clone.with_suffix('.log').name}")
-    return Row(name, "segkit", seconds, notes=summary.strip())
+        raise RuntimeError(f"make demo ended with {code}, see {log}")
+    summary = next((line.strip() for line in log.read_text().splitlines() if "macro Dice" in line), "")
+    what = "Both notebooks on phantoms, from a clone of the last commit to scores and pages."
+    return Table("demo", "make demo on a fresh machine", what, [Row(name, "segkit", seconds, notes=summary)])

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         module, function = sys.argv[1].split(":")
         work = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
@@ -35,6 +38,13 @@ def main() -> None:
     except Exception as error:  # whatever a side stops with is its result
         traceback.print_exc()
         print(json.dumps({"problem": f"stopped: {type(error).__name__}: {error}"[:300]}), file=answers)
+
+
+def _end_with(parent: int) -> None:
+    """End with all that was started when the run that asked for it is gone: nobody waits for the answer."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)  # of a session of its own, see turns.py
 
 
 def peak_mb() -> int | None:

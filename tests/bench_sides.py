@@ -1,5 +1,6 @@
 """Sides that tests/test_benchmarks.py lets take turns: what they do is known."""
 
+import os
 import subprocess
 import sys
 import time
@@ -39,3 +40,11 @@ def missing():
 
 def broken():
     raise ValueError("what went wrong")
+
+
+def mark_and_wait(path):
+    def work():
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(600)
+
+    return work

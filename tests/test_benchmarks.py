@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, write_nifti
 
@@ -72,6 +75,27 @@ def test_a_side_that_is_missing_stops_or_needs_too_much_leaves_the_others_alone(
 def test_a_side_without_an_end_is_stopped(tmp_path):
     taken = take(Side("slow", f"{SIDES}:hold", {"mb": 1, "seconds": 60}), rounds=1, tmp_path=tmp_path, seconds=0.6)
     assert taken["slow"].problem == "stopped after 1 s without an end"
+
+
+def test_sides_end_when_the_run_is_killed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import turns; from benchmarks.sides import Side\n"
+        f"side = Side('s', '{SIDES}:mark_and_wait', {{'path': '{tmp_path / 'pid'}'}})\n"
+        f"turns.take_turns([side], 1, sys.executable, Path('{tmp_path}'))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    run.kill()
+    run.wait()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_for(happened, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_times_are_beside_segkit_and_seconds_an_item():
