@@ -94,7 +94,9 @@ def main() -> None:
         shutil.rmtree(bench.work / "results", ignore_errors=True)
     described = bench.store.once("machine", lambda: machine.describe(bench.threads, bench.device, bench.peers))
     described["git"] = git_state(ROOT)  # a run that goes on may do so at a later commit that changes nothing measured
-    tables, failed = measure_all(bench, works(bench), chosen.only)
+    wanted = works(bench)
+    usual = [work.name for work in wanted if not (bench.quick and work.name.startswith("quality"))]
+    tables, failed = measure_all(bench, wanted, usual if chosen.only is None else chosen.only)
     publish(chosen.out, tables, failed, described, run)
 
 

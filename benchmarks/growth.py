@@ -15,6 +15,8 @@ from benchmarks.training_step import BATCH
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
+    from segkit.dataset import Data
+    from segkit.staging import StagedSubject
 
 SEGKIT, HERE = ROOT / "segkit", ROOT / "benchmarks"
 FULL, FULL_TRAIN, FULL_TEST = 1228, 1082, 89
@@ -67,7 +69,7 @@ def segkit(made: str, scratch: str, subjects: int, jobs: int, device: str | None
     from segkit.slices import SliceDataset, batches
     from segkit.staging import stage
     from segkit.steps import Learner
-    from segkit.subjects import Part, Split, find_subjects
+    from segkit.subjects import find_subjects
 
     shutil.rmtree(scratch, ignore_errors=True)
     sources = sorted(path for path in Path(made).iterdir() if path.is_dir())
@@ -80,7 +82,7 @@ def segkit(made: str, scratch: str, subjects: int, jobs: int, device: str | None
         clock = Clock()
         staged, _ = stage(found, Path(scratch) / "store", jobs, progress=False)
         clock.stage("staging")
-        data = _data_of(Path(scratch) / "data", staged, Split, Part)
+        data = _all_train(Path(scratch) / "data", staged)
         learner = Learner(data, settings, Ranks(pick_device(device)))
         slices = SliceDataset(data.staged, data.split.train, data.label_map)
         for batch in batches(slices, range(len(slices)), BATCH, jobs - 1):  # one reads in this process
@@ -90,31 +92,32 @@ def segkit(made: str, scratch: str, subjects: int, jobs: int, device: str | None
         for subject in staged:
             predictor.predict(subject)
         clock.stage("prediction")
-        kept = [round_trip(subject, predictor.structures, settings.target_shape) for subject in staged]
-        clock.stage("")  # what is scored are no predictions of an untrained network, but the masks themselves
-        for subject, prediction in zip(staged, kept, strict=True):
-            evaluation.score_subject(
-                subject.name, "test", subject.labels(), prediction, subject.spacing_mm, Scoring(jobs=jobs)
-            )
-        clock.stage("scoring")
+        for subject in staged:
+            # what is scored is no prediction of an untrained network, but the masks as they come back from its grid
+            prediction = round_trip(subject, predictor.structures, settings.target_shape)
+            clock.stage("")
+            reference = subject.labels()
+            evaluation.score_subject(subject.name, "", reference, prediction, subject.spacing_mm, Scoring(jobs=jobs))
+            clock.stage("scoring")
         return {**clock.seconds, "slices": len(slices)}
 
     return work
 
 
-def _data_of(folder: Path, staged: list, split_type: type, part_type: type):
-    """All subjects for training, without a split: only how cost grows is asked."""
+def _all_train(folder: Path, staged: list[StagedSubject]) -> Data:
+    """All subjects for training: only how cost grows is asked."""
     from segkit.dataset import Data
     from segkit.labels import make_label_map
     from segkit.staging import structures_in
+    from segkit.subjects import Part, Split
 
-    parts = tuple(part_type(subject.name) for subject in staged)
+    split = Split(tuple(Part(subject.name) for subject in staged), (), (), "all")
     by_name = {subject.name: subject for subject in staged}
-    return Data(folder, by_name, split_type(parts, (), (), "all"), make_label_map(structures_in(staged), None), [])
+    return Data(folder, by_name, split, make_label_map(structures_in(staged), None), [])
 
 
 class Clock:
-    """Seconds of one stage after the other."""
+    """Seconds of one stage after the other; a stage that comes again adds up."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -124,7 +127,7 @@ class Clock:
         """What ends now; without a name it does not count."""
         now = time.perf_counter()
         if name:
-            self.seconds[name] = now - self.last
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
 

@@ -17,8 +17,8 @@ physics asks for, or the best that anything could reach.
 ![how many times as long as segkit each takes](images/benchmarks.png)
 """
 QUICK = (
-    "**The quick form: small sizes, one round, trainings of seconds. It shows that every row runs, and says nothing "
-    "about speed or quality; `make bench` measures.**\n\n"
+    "**The quick form: small sizes and one round, which show that rows run; `make bench` measures. Left out are the "
+    "comparison of quality (`python -m benchmarks --quick --only quality_torso` trains for seconds) and the demo.**\n\n"
 )
 
 
