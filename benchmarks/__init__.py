@@ -11,6 +11,7 @@ What every work shares:
     bench.py          sizes, folders and data of one run
     nnunet.py         nnU-Net by its own commands, on data of segkit
     nnunet_trainer.py its trainer with short epochs
+    trainings.py      the trainings whose quality is compared
     page.py           docs/benchmarks.md
     chart.py          its figure
     __main__.py       python -m benchmarks

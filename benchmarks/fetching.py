@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.epoch import nnunet_of_the_subject
 from benchmarks.sides import Side
 from benchmarks.staging import files_of
 from benchmarks.tables import Table, rows_of
@@ -36,6 +35,8 @@ def measure(bench: Bench) -> Table:
              {"folder": str(plain), "items": 2000}, "floor"),
     ]  # fmt: skip
     if bench.peers:
+        from benchmarks.epoch import nnunet_of_the_subject  # here: torch would count as memory of every side
+
         prepared = nnunet_of_the_subject(bench)
         folder = prepared.preprocessed / "nnUNetPlans_2d"
         parameters = {"folder": str(folder), "items": 200}

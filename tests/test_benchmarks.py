@@ -16,7 +16,7 @@ from conftest import ROOT, write_nifti
 
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import chart, growth, inputs, nnunet, page, predicting, tables, turns, voting
+from benchmarks import chart, growth, inputs, nnunet, page, predicting, tables, trainings, turns, voting
 from benchmarks.__main__ import Work, measure_all, works
 from benchmarks.bench import QUICK, Bench
 from benchmarks.sides import Side, Taken
@@ -253,12 +253,10 @@ def test_nnunet_raw_data_hold_slabs_as_cases_and_come_back(tmp_path, torso_dir):
     described = json.loads((raw / "dataset.json").read_text())
     assert described["labels"]["liver"] == 1 + structures.index("liver") and described["numTraining"] == 7
     [subject] = data.staged.values()
-    from benchmarks.quality import Kept, score_of
-
     (raw / "predicted").mkdir()
     for path in (raw / "labelsTs").iterdir():  # a perfect prediction, as nnU-Net would name it
         path.rename(raw / "predicted" / path.name)
-    found = score_of(data, Kept(data, raw / "predicted", structures))
+    found = trainings.score_of(data, trainings.Kept(data, raw / "predicted", structures))
     assert found["score"] == 1.0 and found["above"] == found["structures"] > 50
     image = nib.load(raw / "imagesTs" / f"{subject.name}_0008_0000.nii.gz")
     corner = subject.grid.canonical_affine @ [0, 0, 8, 1]  # x, y, z of the slab's first voxel
@@ -269,6 +267,12 @@ def test_the_time_of_an_epoch_is_read_from_the_log(tmp_path):
     lines = [f"2026-01-01: Epoch time: {seconds} s" for seconds in (30.0, 2.0, 3.0, 4.0)]
     (tmp_path / "training_log_1.txt").write_text("\n".join(["Epoch 0", *lines]))
     assert nnunet.epoch_seconds(tmp_path) == 3.0
+
+
+def test_a_training_passes_as_many_slices_on_its_way():
+    assert trainings.epochs_of(1000, None) == (1000, 1) == trainings.epochs_of(1000, 1000)
+    assert trainings.epochs_of(4000, 1400) == (344, 12)  # 4 x 344 = 1376 of 1400, 12 x 344 = 4128 of 4000
+    assert trainings.epochs_of(100, 96) == (24, 4) and trainings.epochs_of(20, 9) == (8, 4)
 
 
 def test_voters_know_hu_and_place_alone(tmp_path, phantom_data):
