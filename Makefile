@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+PEERS := .venv-peers/.installed
 
-.PHONY: help demo docs test coverage faults lab check lint format lock clean
+.PHONY: help demo docs test coverage faults bench lab check lint format lock clean
 
 help:
 	@echo "make demo    both notebooks on synthetic scans, with a summary (about 10 minutes on two cores)"
@@ -10,6 +11,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make coverage  all tests, and which lines of segkit/ they run"
 	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
+	@echo "make bench   segkit beside its peers: docs/benchmarks.md (1.5 to 2 hours on two cores; QUICK=1: 5 minutes)"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff, and mypy on segkit/"
@@ -19,6 +21,13 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segkit needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
+	touch $@
+
+# without them the page says which peers are missing, and goes on
+$(PEERS): benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $$(grep ^torch== $<)
+	.venv-peers/bin/python -m pip install --quiet -r $<
 	touch $@
 
 demo: $(READY)
@@ -36,6 +45,10 @@ coverage: $(READY)
 
 faults: $(READY)
 	SEGKIT_FAULTS=docs/reliability.md $(BIN)/python -m pytest tests/test_faults_*.py
+
+bench: $(READY)
+	-$(MAKE) $(PEERS)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 lab: $(READY)
 	$(BIN)/python -m ipykernel install --prefix .venv --name python3 --display-name "Python 3 (segkit)"
@@ -58,4 +71,4 @@ lock: $(READY)
 	$(BIN)/python tests/make_lock.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers

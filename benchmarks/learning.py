@@ -1,6 +1,6 @@
 """Which recipe learns most in a given time: one row a variant, trained alike and scored on unseen subjects.
 
-usage: python benchmarks/learning.py DATA_DIR STAGE_DIR [--seconds 150] [--seed 0] [--only NAME ...]
+usage: python -m benchmarks.learning DATA_DIR STAGE_DIR [--seconds 150] [--seed 0] [--only NAME ...]
 
 Each variant gets as many steps as fit into the seconds, by the median time of its own steps on an idle machine. The
 score is the headline: macro Dice of the test subjects on their own grids (the slabs left out, for a single subject).

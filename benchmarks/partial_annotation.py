@@ -1,6 +1,6 @@
 """What missing masks cost: a data set in which half of the training subjects lack half of the structures.
 
-usage: python benchmarks/partial_annotation.py DATA_DIR WORK_DIR [--steps 700] [--seeds 3] [--groups organs ...]
+usage: python -m benchmarks.partial_annotation DATA_DIR WORK_DIR [--steps 700] [--seeds 3] [--groups organs ...]
 
 Trains with all masks and without those, alike, and scores the unseen subjects on the structures that were left out.
 What a structure without a file means: it was not annotated, so nothing is learned from that subject about it.

@@ -1,132 +1,195 @@
-"""Seconds and memory of segmenting one large scan and writing it, stage by stage, and what each switch adds.
-
-usage: python benchmarks/predicting.py SUBJECT_DIR OUT_DIR [--steps 90] [--members 1] [--switches mirror largest ...]
-                                       [--formats nifti masks ...]
-                                       [--threads N] [--device cpu]
-
-SUBJECT_DIR holds a ct.nii.gz and segmentations/ (the real torso of the tests). In OUT_DIR, which keeps them for the
-next time, are made: its CT at SHAPE voxels, and a network of the default size (TARGET_SHAPE 256 x 256, 117 structures)
-trained on that subject for `--steps` steps, so that what it finds looks like organs and not like noise. An ensemble has
-the same network several times. The scan is read, segmented and written in a process of its own, whose seconds and peak
-memory are measured as a whole; of each stage the seconds are those spent inside of it.
-"""
+"""A scan in, a segmentation of 117 structures out: from file to file, each side by its own command or recipe."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import resource
+import math
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
-import numpy as np
-import torch
-from scipy import ndimage
+import psutil
 
-from segkit import augment, inference, segmenting
-from segkit.checkpoints import load_checkpoints
-from segkit.dataset import open_data
-from segkit.predicting import predict_scans
-from segkit.scans import find_scans
-from segkit.settings import Segmenting, TrainSettings
-from segkit.training import train
+from benchmarks import nnunet as commands
+from benchmarks.sides import ROOT, Side, Taken
+from benchmarks.tables import Table, floor_row, rows_of
 
-SHAPE = (512, 512, 280)  # i, j, k of the file
-SWITCHES = ("mirror", "largest", "uncertainty")
+if TYPE_CHECKING:
+    from benchmarks.bench import Bench  # of segkit's environment
+
+NETWORK_SHAPE = (256, 256)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject_dir", type=Path)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--members", type=int, default=1)
-    parser.add_argument("--switches", nargs="*", choices=SWITCHES, default=("largest",))
-    parser.add_argument("--formats", nargs="+", default=("nifti",))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.inside:
-        segment(chosen)
-        return
-    if not (chosen.out_dir / "ct.nii.gz").is_file():
-        make_scan(chosen.subject_dir, chosen.out_dir / "ct.nii.gz")
-    if not list((chosen.out_dir / "run").glob("checkpoint_*.pth")):
-        train_network(chosen)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--inside"], check=True)
-    print(f"| whole process | {time.perf_counter() - start:.1f} |")
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
+def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
+    from benchmarks.epoch import nnunet_of_the_subject  # here, since commands are measured in processes without torch
 
-
-def make_scan(subject_dir: Path, path: Path) -> None:
-    """The subject's CT at SHAPE voxels, linearly interpolated."""
-    image = nib.load(subject_dir / "ct.nii.gz")
-    factors = np.array(SHAPE) / image.shape
-    volume = ndimage.zoom(np.asarray(image.dataobj, np.float32), factors, order=1, grid_mode=True, mode="nearest")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.rint(volume).astype(np.int16), image.affine @ np.diag([*1 / factors, 1])), path)
-
-
-def train_network(chosen: argparse.Namespace) -> None:
-    """One short epoch on the subject, with the settings of the notebook but for the learning rate."""
-    data = open_data(chosen.subject_dir.parent, chosen.out_dir / "staged", progress=False)
-    settings = TrainSettings(
-        epochs=1, learning_rate=2e-3, slices_per_epoch=8 * chosen.steps, validation_slices=16, device=chosen.device
+    scan, run = bench.scan(shape), trained(bench)
+    out = bench.scratch / "predicted"
+    common = {"scan": str(scan), "device": bench.device}
+    sides = [
+        Side("segkit: `python -m segkit predict`", "benchmarks.predicting:segkit",
+             {**common, "run": str(run), "out": str(out / "segkit")}, rounds=min(2, bench.sizes.rounds), cold=True)
+    ]  # fmt: skip
+    notes = []
+    if bench.peers:
+        prepared = nnunet_of_the_subject(bench)
+        trained_peer(bench)
+        arguments = prepared.predict_arguments(out / "images", out / "nnunet")
+        sides += [
+            Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet",
+                 {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
+                  "command": arguments, "environment": prepared.environment}, "peer", rounds=1, cold=True),
+            Side("MONAI: Spacing, SliceInferer, AsDiscrete, Invert, SaveImage", "benchmarks.predicting:monai",
+                 {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}, "peer", rounds=1, cold=True),
+        ]  # fmt: skip
+    else:
+        notes.append("nnU-Net and MONAI are left out: there is no environment of the peers.")
+    hopeless = too_large(bench, shape)
+    taken = bench.turns([side for side in sides if side.name not in hopeless], seconds=900)
+    rows = rows_of(sides, {**taken, **hopeless})
+    machine = bench.store.kept("machine")
+    if machine:
+        flops, rate = forward_flops() * shape[2], machine["rates"]["matrix_gflops"] * 1e9
+        rows.append(floor_row("the convolutions' arithmetic", flops / rate, rows, f"{flops / 1e12:.1f} TFLOP"))
+    found = taken[sides[0].name].found
+    notes.append(f"segkit, of which: {found.get('stages', 'not told')}. Its network sees slices at 256 x 256 pixels.")
+    notes.append(
+        "nnU-Net's network and MONAI's slide windows of 256 x 256 over slices at the training's spacing; MONAI's takes "
+        "the best structure of each voxel there and brings labels back to the scan's grid, which takes less memory "
+        "than bringing back all channels; nnU-Net brings back all of them, its own way. No side mirrors."
     )
-    train(data, settings, chosen.out_dir / "run", progress=False)
-
-
-def segment(chosen: argparse.Namespace) -> None:
-    """Read and segment the scan in this process; print the table of stages."""
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    seconds = {}
-    loaded = load_checkpoints(chosen.out_dir / "run")
-    predictor = inference.Predictor.of(loaded * chosen.members, batch_size=chosen.batch, device=chosen.device)
-    augment.to_network = timed(seconds, "to the network's grid", augment.to_network)
-    for model in predictor.models[:1]:  # the same one several times
-        model.forward = timed(seconds, "network", model.forward)
-    segmenting.Collector.add = timed(seconds, "back to the grid, codes", segmenting.Collector.add)
-    inference.keep_largest = timed(seconds, "largest pieces", inference.keep_largest)
-    choices = Segmenting(**dict.fromkeys(chosen.switches, True))
-    with tempfile.TemporaryDirectory() as scratch:
-        sources = find_scans(chosen.out_dir / "ct.nii.gz")
-        [done] = predict_scans(predictor, sources, scratch, chosen.formats, choices, progress=False)
-    found = done.segmentation
-    table = found.codes.codebook
-    occurring = [table[np.unique(codes)].any(0).sum() for codes in found.codes.codes]
-    print(
-        f"{found.codes.codes.shape} voxels on {predictor.device}, {torch.get_num_threads()} threads, batch "
-        f"{chosen.batch}, {chosen.members} networks, with {', '.join(chosen.switches) or 'no switch'}, written as "
-        f"{', '.join(chosen.formats)}: {len(found.codes.boxes())} structures, {np.mean(occurring):.0f} a slice, "
-        f"{len(table)} codes\n"
+    what = (
+        f"A CT of {bench.scan_name(shape)} voxels (made of {bench.data_name}) from .nii.gz to .nii.gz, networks of "
+        "32-64-128-256-512 channels and 117 structures, the whole process with its start."
     )
-    print("| | s |\n|---|---|")
-    for stage, taken in {**done.seconds, **{f"of it: {name}": taken for name, taken in seconds.items()}}.items():
-        print(f"| {stage} | {taken:.1f} |", flush=True)
+    return Table(name_of(shape), f"Predict and export {bench.scan_name(shape)}", what, rows, notes)
 
 
-def timed(seconds: dict[str, float], stage: str, work: Callable) -> Callable:
-    """`work`, with the seconds that it takes added to those of the stage."""
-    seconds[stage] = 0.0
+def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
+    """Sides whose memory at a smaller scan says that they cannot end here: with as many voxels more, as much more."""
+    smaller = bench.sizes.scans[0]
+    kept = bench.store.kept(name_of(smaller), [ROOT / "segkit", Path(__file__).resolve()])
+    if shape == smaller or kept is None:
+        return {}
+    times, most = math.prod(shape) / math.prod(smaller), psutil.virtual_memory().total / 2**20
+    words = (
+        "left out: it needed {:.1f} GiB for " + bench.scan_name(smaller) + " voxels, and here are {:.0f} times as many"
+    )
+    return {
+        row["side"]: Taken(problem=words.format(row["peak_mb"] / 1024, times))
+        for row in kept["rows"]
+        if row["kind"] == "peer" and row["peak_mb"] and row["peak_mb"] * times > 1.5 * most
+    }
 
-    @functools.wraps(work)
-    def measured(*arguments, **named):
-        start = time.perf_counter()
-        result = work(*arguments, **named)
-        seconds[stage] += time.perf_counter() - start
-        return result
 
-    return measured
+def name_of(shape: tuple[int, int, int]) -> str:
+    return "predict_" + "_".join(map(str, shape))
 
 
-if __name__ == "__main__":
-    main()
+def trained(bench: Bench) -> Path:
+    """A run of segkit on the subject, long enough that what it finds looks like organs and not like noise."""
+    from segkit.settings import TrainSettings
+    from segkit.training import train
+
+    run = bench.work / "predicting_run"
+
+    def work() -> int:
+        settings = TrainSettings(
+            epochs=1, learning_rate=2e-3, slices_per_epoch=8 * bench.sizes.warm_steps, validation_slices=16,
+            target_shape=NETWORK_SHAPE, device=bench.device,
+        )  # fmt: skip
+        return train(bench.open(bench.subject_dir), settings, run, progress=False)[0]["steps"]
+
+    bench.store.once("predicting_run", work, [ROOT / "segkit"])
+    return run
+
+
+def trained_peer(bench: Bench) -> None:
+    """nnU-Net's model on the same subject: its time to predict does not depend on what it learned."""
+    from benchmarks.epoch import nnunet_of_the_subject
+
+    bench.store.once("nnunet_predicting_run", lambda: nnunet_of_the_subject(bench).train(1, 2), commands.CODE)
+
+
+def spacing_mm(bench: Bench) -> list[float]:
+    """Of the subject that the networks are trained on, along the axes of its file."""
+    [subject] = bench.open(bench.subject_dir).staged.values()
+    return list(subject.spacing_mm[::-1])
+
+
+def forward_flops() -> float:
+    """Of segkit's default network on one slice."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.training_step import FEATURES
+    from segkit.unet import UNet2D
+
+    network = UNet2D(1, 117, FEATURES).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 1, *NETWORK_SHAPE, device="meta"))
+    return counter.get_total_flops()
+
+
+def segkit(scan: str, run: str, out: str, device: str | None) -> Callable[[], dict]:
+    command = [sys.executable, "-m", "segkit", "predict", scan, "--checkpoint", run, "--out", out]
+    command += ["--device", device] if device else []
+
+    def work() -> dict:
+        shutil.rmtree(out, ignore_errors=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return {"stages": done.stdout.splitlines()[0].split(": ", 1)[-1]}
+
+    return work
+
+
+def nnunet(scan: str, images: str, out: str, command: Sequence[str], environment: Mapping[str, str]) -> Callable:
+    for folder in (images, out):
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(folder).mkdir(parents=True)
+    (Path(images) / "scan_0000.nii.gz").symlink_to(scan)
+
+    def work() -> dict:
+        subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=sys.stderr)
+        [written] = Path(out).glob("scan.nii.gz")
+        return {"bytes": written.stat().st_size}
+
+    return work
+
+
+def monai(scan: str, out: str, device: str | None, spacing_mm: Sequence[float]) -> Callable[[], None]:
+    def work() -> None:
+        import torch
+        from monai import transforms as t
+        from monai.inferers import SliceInferer
+        from monai.networks.nets import BasicUNet
+
+        from benchmarks.training_step import FEATURES, pick
+
+        where = pick(device)
+        before = t.Compose(
+            [
+                t.LoadImaged("image"),
+                t.EnsureChannelFirstd("image"),
+                t.Spacingd("image", pixdim=[*spacing_mm[:2], -1], mode="bilinear"),
+                t.ScaleIntensityRanged("image", -1024, 1024, -1, 1, clip=True),
+            ]
+        )
+        after = t.Compose(
+            [
+                t.AsDiscreted("pred", argmax=True),
+                t.Invertd("pred", transform=before, orig_keys="image", nearest_interp=True, to_tensor=True),
+                t.SaveImaged("pred", output_dir=out, output_dtype="uint8", separate_folder=False, print_log=False),
+            ]
+        )
+        network = BasicUNet(2, 1, 118, features=(*FEATURES, 2 * FEATURES[-1], FEATURES[0])).to(where).eval()
+        inferer = SliceInferer(roi_size=NETWORK_SHAPE, sw_batch_size=8, spatial_dim=2)
+        item = before({"image": scan})
+        with torch.no_grad():
+            item["pred"] = inferer(item["image"][None].to(where), network)[0]
+        after(item)
+
+    return work
