@@ -133,7 +133,7 @@ def measure_all(
         started = time.monotonic()
         try:
             tables.append(bench.store.table(work.name, work.measure, sources))
-        except Exception as error:  # the others are worth having; it is tried again the next time
+        except Exception as error:  # noqa: BLE001 - the others are worth having; it is tried again the next time
             failed[work.name] = f"{type(error).__name__}: {error}"
         print(f"{work.name}: {failed.get(work.name, 'done')}, {time.monotonic() - started:.0f} s", flush=True)
     return tables, failed

@@ -130,7 +130,7 @@ class NnUNet:
         with open(log, "a", encoding="utf-8") as file:
             print(f"\n$ {' '.join(command)}", file=file, flush=True)
             whole = {**os.environ, **self.environment, **(environment or {})}
-            code = subprocess.run(command, env=whole, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(command, env=whole, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         if code:
             raise CommandError(f"{Path(command[1]).name} ended with {code}, see {log}")
         return time.perf_counter() - started

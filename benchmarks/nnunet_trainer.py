@@ -21,8 +21,8 @@ class nnUNetTrainerShort(nnUNetTrainerNoMirroring):  # noqa: N801  as nnU-Net's 
         device: torch.device = torch.device("cuda"),  # noqa: B008  as in its parent
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = int(os.environ.get("BENCH_EPOCHS", 1))
-        self.num_iterations_per_epoch = int(os.environ.get("BENCH_ITERATIONS", 10))
+        self.num_epochs = int(os.environ.get("BENCH_EPOCHS", "1"))
+        self.num_iterations_per_epoch = int(os.environ.get("BENCH_ITERATIONS", "10"))
         self.num_val_iterations_per_epoch = 1
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

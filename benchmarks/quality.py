@@ -42,7 +42,7 @@ def measure(bench: Bench, name: str) -> Table:
         rows.append(Row(voter, "peer", score=score))
     rows.append(Row("the reference itself through segkit's input size", "floor", score=run.ceiling()))
     title = "unseen phantoms" if name == "phantoms" else "slabs left out of one scan"
-    return Table(f"quality_{name}", f"Quality, {title}", _what(bench, name), rows, _notes(bench, name, peer))
+    return Table(f"quality_{name}", f"Quality, {title}", _what(bench, name), rows, _notes(name, peer))
 
 
 def _what(bench: Bench, name: str) -> str:
@@ -59,7 +59,7 @@ def _what(bench: Bench, name: str) -> str:
     )
 
 
-def _notes(bench: Bench, name: str, peer: Taken) -> list[str]:
+def _notes(name: str, peer: Taken) -> list[str]:
     notes = [
         "nnU-Net runs by nnUNetv2_plan_and_preprocess, nnUNetv2_train and nnUNetv2_predict. Its plan is its own but "
         f"for the batch of {BATCH} and channels that begin at {FEATURES[0]} (its own are larger: slower steps, and "

@@ -42,7 +42,7 @@ def first_cell() -> str:
 
 def python(code: str) -> Callable[[], None]:
     def work() -> None:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_quiet())
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_quiet(), check=False)
         *_, last = ["", *done.stderr.strip().splitlines()]
         if last.startswith("ModuleNotFoundError"):
             raise ModuleNotFoundError(last, name=last.split("'")[1])
@@ -65,7 +65,8 @@ def demo(bench: Bench) -> Table:
     with open(log, "w", encoding="utf-8") as file:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = ["make", "demo", f"PYTHON={sys._base_executable}"]
-        code = subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        said = {"stdout": file, "stderr": subprocess.STDOUT}
+        code = subprocess.run(command, cwd=clone, env=environment, check=False, **said).returncode
     seconds = time.perf_counter() - started
     shutil.rmtree(clone)
     if code:

@@ -107,7 +107,14 @@ def score_of(data: Data, predictor) -> dict:
 
 
 def nnunet(
-    data_dir: str, stage_dir: str, name: str, seconds: float, device: str | None, home: str, python: str, threads: int
+    data_dir: str,
+    stage_dir: str,
+    name: str,  # noqa: ARG001 - of the data, which every side is told
+    seconds: float,
+    device: str | None,
+    home: str,
+    python: str,
+    threads: int,
 ) -> Callable[[], dict]:
     """nnU-Net's commands from raw data to a score. Its training lasts `seconds` by the time of its own epochs."""
     from benchmarks import inputs

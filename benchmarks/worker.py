@@ -35,7 +35,7 @@ def main() -> None:
             print(json.dumps({**answer, "device_mb": device_mb()}), file=answers)
     except ModuleNotFoundError as error:
         print(json.dumps({"problem": f"left out: {error.name} is not installed there"}), file=answers)
-    except Exception as error:  # whatever a side stops with is its result
+    except Exception as error:  # noqa: BLE001 - whatever a side stops with is its result
         traceback.print_exc()
         print(json.dumps({"problem": f"stopped: {type(error).__name__}: {error}"[:300]}), file=answers)
 

@@ -47,11 +47,13 @@ class StoredArray:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], kind: str, expected: Sequence[int]):
         self.path, self._expected = path, expected  # `checksums` of what was written
-        if not path.is_file():
-            raise SegkitError(f"{path}: is gone: deleted, or made anew because its sources changed; start again")
         try:
+            if not path.is_file():
+                raise SegkitError(f"{path}: is gone: deleted, or made anew because its sources changed; start again")
             self._array = blosc2.open(str(path), mode="r")
             found = tuple(self._array.shape), self._array.dtype
+        except SegkitError:
+            raise
         except Exception as error:  # blosc2 raises many kinds for a file that makes no sense
             raise self._damaged(error) from error
         if (found[0], found[1].kind) != (shape, kind) or len(expected) != shape[0]:

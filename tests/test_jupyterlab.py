@@ -72,7 +72,7 @@ def lab(tmp_path_factory):
 
 def commands_of_make_lab(prefix: Path) -> list[list[str]]:
     """What `make lab` runs, with the Python of these tests and with the kernel installed below `prefix`."""
-    recipe = re.search(r"^lab: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    recipe = re.search(r"^lab: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     own = {"$(BIN)": str(Path(sys.executable).parent), "--prefix .venv": f"--prefix {prefix}", "\\\n": ""}
     in_place = reduce(lambda text, item: text.replace(*item), own.items(), recipe)
     return [shlex.split(line) for line in in_place.strip().splitlines()]
