@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from benchmarks import nnunet as commands
 from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Table, floor_row, rows_of
@@ -70,6 +68,8 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
 
 def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
     """Sides whose memory at a smaller scan says that they cannot end here: with as many voxels more, as much more."""
+    import psutil  # not in the peers' environment, which imports this file too
+
     smaller = bench.sizes.scans[0]
     kept = bench.store.kept(name_of(smaller), [ROOT / "segkit", Path(__file__).resolve()])
     if shape == smaller or kept is None:
