@@ -36,15 +36,14 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         prepared = nnunet_of_the_subject(bench)
         trained_peer(bench)
         arguments = prepared.predict_arguments(out / "images", out / "nnunet")
-        sides += [
-            Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet",
-                 {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
-                  "command": arguments, "environment": prepared.environment}, "peer", rounds=1, cold=True),
-            Side("MONAI: Spacing, SliceInferer, AsDiscrete, Invert, SaveImage", "benchmarks.predicting:monai",
-                 {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}, "peer", rounds=1, cold=True),
-        ]  # fmt: skip
+        parameters = {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
+                      "command": arguments, "environment": prepared.environment}  # fmt: skip
+        sides.append(Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet", parameters, "peer", 1, True))
     else:
-        notes.append("nnU-Net and MONAI are left out: there is no environment of the peers.")
+        notes.append("nnU-Net is left out: there is no environment of the peers.")
+    parameters = {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}
+    name = "MONAI: Spacing, SliceInferer, AsDiscrete, Invert, SaveImage"
+    sides.append(Side(name, "benchmarks.predicting:monai", parameters, "peer", rounds=1, cold=True))
     hopeless = too_large(bench, shape)
     taken = bench.turns([side for side in sides if side.name not in hopeless], seconds=900)
     rows = rows_of(sides, {**taken, **hopeless})
