@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from benchmarks import nnunet as commands
 from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Table, floor_row, rows_of
@@ -38,15 +36,14 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         prepared = nnunet_of_the_subject(bench)
         trained_peer(bench)
         arguments = prepared.predict_arguments(out / "images", out / "nnunet")
-        sides += [
-            Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet",
-                 {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
-                  "command": arguments, "environment": prepared.environment}, "peer", rounds=1, cold=True),
-            Side("MONAI: Spacing, SliceInferer, AsDiscrete, Invert, SaveImage", "benchmarks.predicting:monai",
-                 {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}, "peer", rounds=1, cold=True),
-        ]  # fmt: skip
+        parameters = {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
+                      "command": arguments, "environment": prepared.environment}  # fmt: skip
+        sides.append(Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet", parameters, "peer", 1, True))
     else:
-        notes.append("nnU-Net and MONAI are left out: there is no environment of the peers.")
+        notes.append("nnU-Net is left out: there is no environment of the peers.")
+    parameters = {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}
+    name = "MONAI: Spacing, SliceInferer, AsDiscrete, Invert, SaveImage"
+    sides.append(Side(name, "benchmarks.predicting:monai", parameters, "peer", rounds=1, cold=True))
     hopeless = too_large(bench, shape)
     taken = bench.turns([side for side in sides if side.name not in hopeless], seconds=900)
     rows = rows_of(sides, {**taken, **hopeless})
@@ -70,6 +67,8 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
 
 def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
     """Sides whose memory at a smaller scan says that they cannot end here: with as many voxels more, as much more."""
+    import psutil  # not in the peers' environment, which imports this file too
+
     smaller = bench.sizes.scans[0]
     kept = bench.store.kept(name_of(smaller), [ROOT / "segkit", Path(__file__).resolve()])
     if shape == smaller or kept is None:

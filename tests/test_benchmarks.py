@@ -77,6 +77,18 @@ def test_a_side_without_an_end_is_stopped(tmp_path):
     assert taken["slow"].problem == "stopped after 1 s without an end"
 
 
+def test_what_the_peers_environment_imports_needs_nothing_of_segkits():
+    lacking = ("psutil", "isal", "joblib", "tyro", "plotly", "accelerate")
+    modules = ("worker", "staging", "fetching", "training_step", "epoch", "predicting", "scoring", "starting")
+    light = ("staging", "fetching", "predicting", "scoring", "starting")  # where torch would count as the side's memory
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\n"
+        f"import {', '.join(f'benchmarks.{name}' for name in light)}\nassert 'torch' not in sys.modules\n"
+        f"import {', '.join(f'benchmarks.{name}' for name in modules)}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_sides_end_when_the_run_is_killed(tmp_path):
     code = (
         "import sys; from pathlib import Path; from benchmarks import turns; from benchmarks.sides import Side\n"
