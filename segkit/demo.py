@@ -75,7 +75,7 @@ def stage_seconds(notebook: Mapping) -> dict[str, float]:
 
 def print_summary(output_dir: Path, started: float, seconds: Mapping[str, float]) -> None:
     """Scores on the unseen subjects, the files made since `started`, and where the time went."""
-    files = sorted(path for path in output_dir.rglob("*") if path.is_file() and path.stat().st_mtime >= started)
+    files = sorted(path for path in output_dir.rglob("[!.]*") if path.is_file() and path.stat().st_mtime >= started)
     made_in = [(path, path.relative_to(output_dir).parts[0]) for path in files]
     own = [path for path, top in made_in if top not in ("staged", "runs") and not top.startswith("phantoms")]
     summary = json.loads(max(output_dir.glob("evaluation_summary_*.json")).read_text(encoding="utf-8"))
