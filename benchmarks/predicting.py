@@ -28,8 +28,10 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
     out = bench.scratch / "predicted"
     common = {"scan": str(scan), "device": bench.device}
     sides = [
-        Side("segkit: `python -m segkit predict`", "benchmarks.predicting:segkit",
-             {**common, "run": str(run), "out": str(out / "segkit")}, rounds=min(2, bench.sizes.rounds), cold=True)
+        Side(name, "benchmarks.predicting:segkit",
+             {**common, "run": str(run), "members": members, "out": str(out / f"segkit_{members}")},
+             rounds=min(2, bench.sizes.rounds), cold=True)
+        for name, members in (("segkit: `python -m segkit predict`", 1), ("segkit, an ensemble of three", 3))
     ]  # fmt: skip
     notes = []
     if bench.peers:
@@ -133,8 +135,9 @@ def forward_flops() -> float:
     return counter.get_total_flops()
 
 
-def segkit(scan: str, run: str, out: str, device: str | None) -> Callable[[], dict]:
-    command = [sys.executable, "-m", "segkit", "predict", scan, "--checkpoint", run, "--out", out]
+def segkit(scan: str, run: str, members: int, out: str, device: str | None) -> Callable[[], dict]:
+    """The verb; an ensemble is the same network several times."""
+    command = [sys.executable, "-m", "segkit", "predict", scan, "--checkpoint", *[run] * members, "--out", out]
     command += ["--device", device] if device else []
 
     def work() -> dict:
