@@ -163,7 +163,8 @@ def test_training(first, second, phantom_data, tmp_path, fault, many, members):
         first.start(function, *inputs, folder, members)
         wait_for(folder / "label_map.json")
         time.sleep(0.15 * number)
-        refused = second.run(function, *inputs, folder, 1, number % 2 == 1, 7)
+        resume = number % 2 == 1  # what goes on has as many members; a new training has one
+        refused = second.run(function, *inputs, folder, members if resume else 1, resume, 7)
         assert refused.code == 1 and f"{folder}: another process is training into it; wait until" in refused.err
         done = first.wait()
         assert done.code == 0, done.err
