@@ -129,6 +129,9 @@ def _read(path: Path, what: str) -> dict:
         raise SegkitError(
             f"{path}: no {what} of this segkit: expected format {FORMAT}, found {str(stated)[:40]}; train again"
         )
+    rest = {name: value for name, value in content.items() if name not in ("weights", "learner")}
+    if next(tensors_in(rest), None) is not None:
+        raise SegkitError(f"{path}: damaged {what}: tensors in the place of its settings")
     return content
 
 

@@ -164,16 +164,17 @@ def with_pieces(content: bytes, pieces: list[bytes]) -> st.SearchStrategy[bytes]
 
 def changed(content: object, values: list = VALUES) -> st.SearchStrategy:
     """The content, dictionaries and lists, with up to two of its values replaced, left out or doubled."""
-    places = list(_places(content))
+    places, values = list(_places(content)), [*values, LEFT_OUT, DOUBLED]
 
-    def make(changes: list[tuple[tuple, object]]) -> object:
+    def make(changes: list[tuple[int, int]]) -> object:
         new = _copy(content)
         for place, value in changes:
-            new = _replaced(new, place, value)
+            new = _replaced(new, places[place], values[value])
         return new
 
-    those = st.sampled_from(values) | st.sampled_from([LEFT_OUT, DOUBLED])
-    return st.lists(st.tuples(st.sampled_from(places), those), min_size=1, max_size=2).map(make)
+    # numbers, not the things themselves, which would make pages of a message
+    change = st.tuples(st.integers(0, len(places) - 1), st.integers(0, len(values) - 1))
+    return st.lists(change, min_size=1, max_size=2).map(make)
 
 
 def damaged_json(content: object) -> st.SearchStrategy[bytes]:
@@ -211,8 +212,8 @@ def _replaced(content: object, place: tuple, value: object) -> object:
     if not place:
         return None if value is LEFT_OUT or value is DOUBLED else value
     key, *rest = place
-    there = key in content if isinstance(content, dict) else isinstance(content, list) and key < len(content)
-    if not there:
+    in_list = isinstance(content, list) and isinstance(key, int) and key < len(content)
+    if not in_list and not (isinstance(content, dict) and key in content):
         return content
     if rest:
         content[key] = _replaced(content[key], tuple(rest), value)
