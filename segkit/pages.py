@@ -42,7 +42,7 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
             "aspectmode": "data",
             "xaxis": {**SIDE, "nticks": 4, "title": "left — right (mm)"},
             "yaxis": {**SIDE, "nticks": 3, "title": "back — front (mm)"},  # seen from its end
-            "zaxis": {**SIDE, "title": "feet — head (mm)"},
+            "zaxis": {**SIDE, "title": "feet — head", "ticksuffix": " mm"},
             "camera": _from_the_front([mesh for meshes in layers.values() for mesh in meshes.values()]),
         },
         margin={"l": 0, "r": 0, "t": 45, "b": 0},

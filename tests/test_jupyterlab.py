@@ -231,13 +231,13 @@ def test_the_analysis_notebook_has_a_slice_browser_and_a_3d_view_that_answer(pag
 
 def switch_a_mesh(page, output) -> None:
     """Click on a structure in the legend of the 3D page inside the notebook, and again."""
-    output.scroll_into_view_if_needed()
+    output.locator("iframe").evaluate("frame => frame.scrollIntoView({block: 'center'})")
     frame = output.locator("iframe").element_handle().content_frame()
-    frame.wait_for_selector(".legendtoggle", timeout=PATIENCE, state="attached")
-    shown = (
-        "() => document.querySelector('.plotly-graph-div')._fullData.filter(trace => trace.name === 'liver')[0].visible"
-    )
-    assert frame.evaluate(shown) is True
+    legend = ".legend .legendtext[data-unformatted=liver]"
+    visible = "document.querySelector('.plotly-graph-div')._fullData.find(trace => trace.name === 'liver').visible"
+    frame.wait_for_selector(legend, timeout=PATIENCE)
+    assert frame.evaluate(visible) is True
     for expected in ("legendonly", True):
-        frame.get_by_text("liver", exact=True).first.click()
-        frame.wait_for_function(f"() => ({shown})() === {json.dumps(expected)}", timeout=PATIENCE)
+        box = frame.wait_for_selector(legend, timeout=PATIENCE).bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        frame.wait_for_function(f"{visible} === {json.dumps(expected)}", timeout=PATIENCE)
