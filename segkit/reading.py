@@ -59,8 +59,9 @@ def as_hu(volume: np.ndarray, path: Path, findings: Findings, scaled: str = "err
 def plausible(lowest: float, highest: float, path: Path, findings: Findings, scaled: str = "error") -> bool:
     """Whether values in this range can be HU. Reports what `read_ct` does; `scaled`: how severe a scaled scan is."""
     found = f"its values go from {lowest:g} to {highest:g}"
-    if lowest == highest:
-        findings.add("error", "empty CT", f"{path}: holds {lowest:g} everywhere, expected a scan in HU")
+    if round(lowest) == round(highest):  # also a scan in thousandths: as HU it is one value
+        holds = f"holds {lowest:g} everywhere" if lowest == highest else f"{found}, one value when rounded"
+        findings.add("error", "empty CT", f"{path}: {holds}, expected a scan in HU")
         return False
     if highest - lowest < SCALED_RANGE:
         findings.add(scaled, "scaled CT", f"{path}: {found}, expected HU; undo the scaling or take the original scan")
