@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,12 +157,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     temporary = _beside(path)
     try:
-        write(temporary)
-        temporary.replace(path)
-    except UnwritableError as error:  # `write` writes whole, too
-        raise UnwritableError(str(error).replace(str(temporary), str(path))) from error
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with _named(path, temporary):
+            write(temporary)
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -178,21 +175,29 @@ def write_whole_folder(path: str | Path, write: Callable[[Path], object], replac
     path = Path(path)
     temporary = _beside(path)
     try:
-        discard(temporary)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        if replace:
-            discard(path)
-        elif path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
+        with _named(path, temporary):
+            discard(temporary)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            if replace:
+                discard(path)
+            elif path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+@contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """What cannot be written inside is said of `path`, also by what itself writes whole into `temporary`."""
+    try:
+        yield
     except UnwritableError as error:
         raise UnwritableError(str(error).replace(str(temporary), str(path))) from error
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
 
 
 def _beside(path: Path) -> Path:
