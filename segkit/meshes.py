@@ -20,8 +20,7 @@ KEPT_FACES = (0.1, 0.25)  # for fine and for coarse voxels; the rest adds bytes 
 FACE_MM2 = 11
 FEWEST_FACES = 400
 ISLAND_FACES = 200
-ISLAND_VOXELS = 512
-THICK_VOXELS = 7  # from this mean thickness on half of the resolution does; it loses tips thinner than two voxels
+THICK_VOXELS = 4  # from this mean thickness on half of the resolution does, unless it loses something
 STRAY_VOXELS = 0.9
 NOWHERE = (slice(0, 0),) * 3
 PIECE = 4096
@@ -70,10 +69,8 @@ def make_mesh(mask: np.ndarray, canonical_affine: np.ndarray, kept_faces: float 
         kept_faces = float(np.clip(abs(volume) ** (2 / 3) / (2 * FACE_MM2), *KEPT_FACES))
     sides = _voxel_sides(mask)
     # a slab n voxels thick has a side above and below for each n voxels
-    if kept_faces < 1 and 2 * np.count_nonzero(mask) / sides >= THICK_VOXELS:
-        vertices, faces = _half_resolution(mask)
-    else:
-        vertices, faces = _marching_cubes(mask, 1)
+    thick = kept_faces < 1 and 2 * np.count_nonzero(mask) / sides >= THICK_VOXELS
+    vertices, faces = (_marching_cubes(mask, 2) if thick else None) or _marching_cubes(mask, 1)
     target = max(FEWEST_FACES, int(kept_faces * 2 * sides))  # marching cubes makes about two triangles a side
     if kept_faces < 1 and len(faces) > target:
         vertices, faces = _simplify(vertices, faces, target)
@@ -92,18 +89,20 @@ def _voxel_sides(mask: np.ndarray) -> int:
     )
 
 
-def _marching_cubes(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (V, 3) in voxels (x, y, z) and faces, int32 (F, 3); with `step` 2 from the means of 2 x 2 x 2 voxels.
+def _marching_cubes(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Vertices (V, 3) in voxels (x, y, z) and faces, int32 (F, 3); with `step` 2 from the means of 2 x 2 x 2 voxels,
+    None if a part or a hollow of the mask is too thin for them.
 
     Smoothed in whole numbers with the weights 1, 7, 1 along each axis (a Gaussian of 0.47 voxels); the level in
     between two of them is met by no voxel, so that no triangle degenerates.
     """
-    field = np.zeros([-(-n // step) * step + 4 * step for n in mask.shape], np.uint16)
-    field[tuple(slice(2 * step, 2 * step + n) for n in mask.shape)] = mask
+    counts = np.zeros([-(-n // step) * step + 4 * step for n in mask.shape], np.uint16)
+    counts[tuple(slice(2 * step, 2 * step + n) for n in mask.shape)] = mask
+    for axis in range(3) if step == 2 else ():
+        along = np.moveaxis(counts, axis, 0)
+        counts = np.moveaxis(along[::2] + along[1::2], 0, axis)
+    field = counts
     for axis in range(3):
-        if step == 2:
-            along = np.moveaxis(field, axis, 0)
-            field = np.moveaxis(along[::2] + along[1::2], 0, axis)
         smooth = field * np.uint16(7)
         before, after = np.moveaxis(field, axis, 0), np.moveaxis(smooth, axis, 0)
         after[1:] += before[:-1]
@@ -111,20 +110,18 @@ def _marching_cubes(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray
         field = smooth
     # what is one or two voxels thick would vanish below one half: half of its own height is its surface
     level = (int(field.max()) - 1) // 2 + 0.5
+    if step == 2 and _loses(counts, field > level):
+        return None
     zyx, faces, _, _ = measure.marching_cubes(field.astype(np.float32), level)
     return (zyx[:, ::-1] - 2) * step + (step - 1) / 2, faces.astype(np.int32)
 
 
-def _half_resolution(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As `_marching_cubes` with step 2, small islands at full resolution: they would vanish, as cavities do."""
-    islands, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    small = np.bincount(islands.ravel()) < ISLAND_VOXELS
-    small[0] = False
-    if not small.any():
-        return _marching_cubes(mask, 2)
-    small = small[islands]
-    parts = _marching_cubes(mask & ~small, 2), _marching_cubes(small, 1)
-    return np.concatenate([parts[0][0], parts[1][0]]), np.concatenate([parts[0][1], parts[1][1] + len(parts[0][0])])
+def _loses(counts: np.ndarray, inside: np.ndarray) -> bool:
+    """Whether some of the mask lies where neither its cell nor one beside it is inside, or some of the outside where
+    all of them are; counts: the mask's voxels in each cell of 2 x 2 x 2.
+    """
+    lost = (counts > 0) & ~ndimage.binary_dilation(inside) | (counts < 8) & ndimage.binary_erosion(inside)
+    return bool(lost.any())
 
 
 def _simplify(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:

@@ -82,9 +82,21 @@ def test_a_simplified_mesh_is_closed_and_lies_within_a_voxel_of_the_full_detail(
     assert signed_volume(simple) == pytest.approx(signed_volume(full), rel=0.05)
 
 
-def test_a_thick_structure_is_made_from_half_the_resolution_and_stays_within_a_voxel():
+@pytest.mark.parametrize(
+    ("place", "held"),
+    [
+        ((slice(70, 72), slice(5, 7), 5), True),  # an island smaller than a voxel of that resolution
+        ((slice(48, 60), slice(40, 60), 40), True),  # a sheet that stands out
+        ((slice(45, 75), 40, 40), True),  # a tip
+        ((slice(10, 30), slice(20, 60), 40), False),  # a crack inside
+        ((slice(30, 60), 40, 40), False),  # a canal that comes out
+        ((20, 40, 40), False),  # a hollow
+        ((slice(0, 0),) * 3, True),
+    ],
+)
+def test_a_thick_structure_is_made_from_half_the_resolution_where_that_loses_nothing(place, held):
     mask = ball((80, 80, 80), (20, 41, 40), 30)  # cut off by the border
-    mask[70:72, 5:7, 5] = True  # an island smaller than a voxel of that resolution
+    mask[place] = held
     full, simple = (meshes.make_mesh(mask, np.eye(4), kept) for kept in (1, None))
     assert faces_of_edges(simple.faces) == {2} and len(simple.faces) < 0.12 * len(full.faces)
     assert meshes.distances_mm(simple.vertices, full).max() <= 1
