@@ -69,8 +69,8 @@ def make_mesh(mask: np.ndarray, canonical_affine: np.ndarray, kept_faces: float 
         kept_faces = float(np.clip(abs(volume) ** (2 / 3) / (2 * FACE_MM2), *KEPT_FACES))
     sides = _voxel_sides(mask)
     # a slab n voxels thick has a side above and below for each n voxels
-    thick = kept_faces < 1 and 2 * np.count_nonzero(mask) / sides >= THICK_VOXELS
-    vertices, faces = (_marching_cubes(mask, 2) if thick else None) or _marching_cubes(mask, 1)
+    thick = bool(2 * np.count_nonzero(mask) >= THICK_VOXELS * sides)
+    vertices, faces = _surface(mask, halve=thick and kept_faces < 1)
     target = max(FEWEST_FACES, int(kept_faces * 2 * sides))  # marching cubes makes about two triangles a side
     if kept_faces < 1 and len(faces) > target:
         vertices, faces = _simplify(vertices, faces, target)
@@ -89,18 +89,33 @@ def _voxel_sides(mask: np.ndarray) -> int:
     )
 
 
-def _marching_cubes(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Vertices (V, 3) in voxels (x, y, z) and faces, int32 (F, 3); with `step` 2 from the means of 2 x 2 x 2 voxels,
-    None if a part or a hollow of the mask is too thin for them.
-
-    Smoothed in whole numbers with the weights 1, 7, 1 along each axis (a Gaussian of 0.47 voxels); the level in
-    between two of them is met by no voxel, so that no triangle degenerates.
+def _surface(mask: np.ndarray, halve: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) in voxels (x, y, z) and faces, int32 (F, 3); with `halve` from the means of 2 x 2 x 2 voxels,
+    unless those lose something.
     """
+    step = 2 if halve else 1
+    counts = _counts(mask, step)
+    field, level = _smoothed(counts)
+    if halve and _loses(counts, field > level):
+        return _surface(mask, False)
+    zyx, faces, _, _ = measure.marching_cubes(field.astype(np.float32), level)
+    return (zyx[:, ::-1] - 2) * step + (step - 1) / 2, faces.astype(np.int32)
+
+
+def _counts(mask: np.ndarray, step: int) -> np.ndarray:
+    """The mask's voxels in each cube of `step` voxels a side, uint16, with two cells of outside around it."""
     counts = np.zeros([-(-n // step) * step + 4 * step for n in mask.shape], np.uint16)
     counts[tuple(slice(2 * step, 2 * step + n) for n in mask.shape)] = mask
     for axis in range(3) if step == 2 else ():
         along = np.moveaxis(counts, axis, 0)
         counts = np.moveaxis(along[::2] + along[1::2], 0, axis)
+    return counts
+
+
+def _smoothed(counts: np.ndarray) -> tuple[np.ndarray, float]:
+    """Smoothed in whole numbers with the weights 1, 7, 1 along each axis (a Gaussian of 0.47 cells), and the level of
+    the surface: in between two of them it is met by no cell, so that no triangle degenerates.
+    """
     field = counts
     for axis in range(3):
         smooth = field * np.uint16(7)
@@ -109,11 +124,7 @@ def _marching_cubes(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray
         after[:-1] += before[1:]
         field = smooth
     # what is one or two voxels thick would vanish below one half: half of its own height is its surface
-    level = (int(field.max()) - 1) // 2 + 0.5
-    if step == 2 and _loses(counts, field > level):
-        return None
-    zyx, faces, _, _ = measure.marching_cubes(field.astype(np.float32), level)
-    return (zyx[:, ::-1] - 2) * step + (step - 1) / 2, faces.astype(np.int32)
+    return field, (int(field.max()) - 1) // 2 + 0.5
 
 
 def _loses(counts: np.ndarray, inside: np.ndarray) -> bool:
