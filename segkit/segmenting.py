@@ -132,9 +132,10 @@ def mean_of(
     """The mean of planes of any floating type and one shape, float32; of each after `change`, which works in place."""
     total: Any = None
     for each in planes:
-        each = each.to(torch.float32, copy=True)
-        each = each if change is None else change(each)
-        total = each if total is None else total.add_(each)
+        if change is not None or total is None:
+            each = each.to(torch.float32, copy=True)
+            each = each if change is None else change(each)
+        total = each if total is None else total.add_(each)  # one of fewer bits needs no copy of more
     return total.div_(len(planes))
 
 
