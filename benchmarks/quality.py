@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks import nnunet as commands
 from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Row, Table
-from benchmarks.trainings import BATCH, FEATURES, ITERATIONS, SHAPES
+from benchmarks.trainings import BATCHES, FEATURES, ITERATIONS, SHAPES
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
@@ -54,18 +54,18 @@ def _what(bench: Bench, name: str) -> str:
     )
     return (
         f"{data}. Macro Dice on the scans' own grids, counted by segkit for all sides against the same full masks. "
-        f"Channels begin at {FEATURES[0]} and batches have {BATCH} slices on all sides. Seconds are of the training "
-        "alone."
+        f"Channels begin at {FEATURES[0]} and batches have {BATCHES[name]} slices on all sides. Seconds are of the "
+        "training alone."
     )
 
 
 def _notes(name: str, peer: Taken) -> list[str]:
     notes = [
         "nnU-Net runs by nnUNetv2_plan_and_preprocess, nnUNetv2_train and nnUNetv2_predict. Its plan is its own but "
-        f"for the batch of {BATCH} and channels that begin at {FEATURES[0]} (its own are larger: slower steps, and "
-        f"nothing learned in this time). Epochs have {ITERATIONS} iterations instead of 250, so that its learning rate "
-        "falls to zero in time; its trainer is the one without mirroring, since structures are left and right. Scores "
-        "are of checkpoint_final.",
+        f"for the batch of {BATCHES[name]} and channels that begin at {FEATURES[0]} (its own are larger: slower "
+        f"steps, and nothing learned in this time). Epochs have {ITERATIONS} iterations instead of 250, so that its "
+        "learning rate falls to zero in time; its trainer is the one without mirroring, since structures are left and "
+        "right. Scores are of checkpoint_final.",
         "Textbook: plain BCE from default weights, batch normalisation, every slice equally "
         "often, no augmentation, a constant learning rate; segkit's engine, precision and thresholds, which help it.",
     ]
@@ -91,6 +91,8 @@ def _row(side: str, kind: str, taken: Taken) -> Row:
     words = [taken.problem] if taken.problem else []
     if found:
         words += [f"{found['slices']:,} slices seen", f"{found['above']} of {found['structures']} structures above 0.5"]
+        if found["learnable"] < found["structures"]:
+            words.append(f"{found['score_of_learnable']:.3f} over the {found['learnable']} that the slabs of both hold")
     return Row(side, kind, found.get("seconds"), None, taken.peak_mb, taken.device_mb, found.get("score"),
                "; ".join(words))  # fmt: skip
 

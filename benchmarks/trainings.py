@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from segkit.dataset import Data
     from segkit.settings import TrainSettings
 
-BATCH = 8
+BATCHES = {"torso": 4, "phantoms": 8}
 ITERATIONS = 25
 """Of an epoch of nnU-Net's; its usual 250 would not end in time."""
 FEATURES = (16, 32, 64, 128)
@@ -31,8 +31,8 @@ def settings_of(name: str, which: str, device: str | None) -> TrainSettings:
     from segkit.settings import NO_AUGMENTATION, TrainSettings, make_augmentation
 
     base = TrainSettings(
-        epochs=1, batch_size=BATCH, learning_rate=2e-3, target_shape=SHAPES[name], features=FEATURES, device=device,
-        augmentation=make_augmentation(True, STRONG if name == "torso" else None), keep_checkpoints=None,
+        epochs=1, batch_size=BATCHES[name], learning_rate=2e-3, target_shape=SHAPES[name], features=FEATURES,
+        device=device, augmentation=make_augmentation(True, STRONG if name == "torso" else None), keep_checkpoints=None,
     )  # fmt: skip
     if which != "textbook":
         return base
@@ -65,7 +65,9 @@ def segkit(
         return sum(row["seconds"] for row in rows) - sum(validating[: len(rows)])
 
     def work() -> dict:
-        wanted = slices if which == "slices" else BATCH * max(1, round(seconds / seconds_a_step(data, settings)))
+        wanted = slices
+        if which != "slices":
+            wanted = BATCHES[name] * max(1, round(seconds / seconds_a_step(data, settings)))
         # of a constant learning rate the model on the way is the one of a shorter training
         part, epochs = epochs_of(wanted, slices if which == "textbook" else None)
         history = training.train(data, replace(settings, slices_per_epoch=part, epochs=epochs), run, progress=False)
@@ -82,7 +84,8 @@ def epochs_of(wanted: int, on_the_way: int | None) -> tuple[int, int]:
     """Slices an epoch and epochs of a training on `wanted` slices that has seen `on_the_way` after its fourth epoch."""
     if on_the_way is None or on_the_way >= wanted:
         return wanted, 1
-    part = max(BATCH, on_the_way // 4 // BATCH * BATCH)
+    whole = max(BATCHES.values())  # all batches are full, of either size
+    part = max(whole, on_the_way // 4 // whole * whole)
     return part, max(4, round(wanted / part))
 
 
@@ -94,22 +97,28 @@ def scored(data: Data, checkpoint: Path) -> dict:
 
 
 def score_of(data: Data, predictor) -> dict:
-    """Macro Dice of the test part, and how many structures reach 0.5."""
+    """Macro Dice of the test part, how many structures reach 0.5, and the Dice of those that training could learn."""
     from segkit import evaluation, summaries
+    from segkit.slices import SliceDataset
 
+    seen = SliceDataset(data.staged, data.split.train, data.label_map).holds.any(0)
+    learnable = [structure for structure, channel in data.label_map.items() if seen[channel]]
     evaluated = evaluation.evaluate(predictor, data.staged, data.split.test, data.split.test_name, progress=False)
     summary, table = summaries.summarize(evaluated.scores), summaries.per_structure(evaluated.scores)
+    learned = table.set_index("structure")["dice"].reindex(learnable)
     return {
         "score": summary["macro_dice"],
         "structures": summary["structures"],
         "above": int((table["dice"] > 0.5).sum()),
+        "learnable": int(learned.notna().sum()),
+        "score_of_learnable": float(learned.mean()),
     }
 
 
 def nnunet(
     data_dir: str,
     stage_dir: str,
-    name: str,  # noqa: ARG001 - of the data, which every side is told
+    name: str,
     seconds: float,
     device: str | None,
     home: str,
@@ -126,13 +135,13 @@ def nnunet(
     structures = inputs.write_single_labels(data, prepared.raw, {"Tr": data.split.train, "Ts": data.split.test})
 
     def work() -> dict:
-        prepare_s = prepared.prepare({"batch_size": BATCH})
+        prepare_s = prepared.prepare({"batch_size": BATCHES[name]})
         plan = prepared.plan()
         levels = plan["architecture"]["arch_kwargs"]["n_stages"]
         plan["architecture"]["arch_kwargs"]["features_per_stage"] = [
             min(FEATURES[0] * 2**level, 2 * FEATURES[-1]) for level in range(levels)
         ]
-        prepared.configure({"batch_size": BATCH, "architecture": plan["architecture"]})
+        prepared.configure({"batch_size": BATCHES[name], "architecture": plan["architecture"]})
         step = prepared.train(3, 5) / 6  # an epoch of it has a step of validation, too
         epochs = max(2, round(seconds / step / (ITERATIONS + 1)))
         started = time.perf_counter()
@@ -142,7 +151,7 @@ def nnunet(
         predict_s = prepared.predict(prepared.raw / "imagesTs", predictions)
         return {
             **score_of(data, Kept(data, predictions, structures)),
-            "seconds": epoch * epochs, "slices": epochs * ITERATIONS * BATCH, "prepare_s": prepare_s,
+            "seconds": epoch * epochs, "slices": epochs * ITERATIONS * BATCHES[name], "prepare_s": prepare_s,
             "train_s": train_s, "predict_s": predict_s, "levels": levels,
             "patch": " x ".join(map(str, plan["patch_size"])),
         }  # fmt: skip

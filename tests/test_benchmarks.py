@@ -269,7 +269,8 @@ def test_nnunet_raw_data_hold_slabs_as_cases_and_come_back(tmp_path, torso_dir):
     for path in (raw / "labelsTs").iterdir():  # a perfect prediction, as nnU-Net would name it
         path.rename(raw / "predicted" / path.name)
     found = trainings.score_of(data, trainings.Kept(data, raw / "predicted", structures))
-    assert found["score"] == 1.0 and found["above"] == found["structures"] > 50
+    assert found["score"] == found["score_of_learnable"] == 1.0 and found["above"] == found["structures"] > 50
+    assert found["structures"] - found["learnable"] == 3  # end slabs: they lie in none of those that are learned from
     image = nib.load(raw / "imagesTs" / f"{subject.name}_0008_0000.nii.gz")
     corner = subject.grid.canonical_affine @ [0, 0, 8, 1]  # x, y, z of the slab's first voxel
     assert image.shape == (*subject.shape[:0:-1], 8) and image.affine[:, 3] == pytest.approx(corner)
