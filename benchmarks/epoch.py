@@ -78,8 +78,8 @@ def segkit(size: Sequence[int], steps: int, device: str | None, data_dir: str, s
     from segkit.ranks import Ranks
     from segkit.settings import TrainSettings
     from segkit.slices import SliceDataset, batches, epoch_order
+    from segkit.splits import Part
     from segkit.steps import Learner
-    from segkit.subjects import Part
 
     data = open_data(data_dir, stage_dir, progress=False)
     settings = TrainSettings(target_shape=tuple(size), batch_size=BATCH, features=FEATURES, device=device).checked()

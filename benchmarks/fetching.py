@@ -75,7 +75,7 @@ def segkit(folder: str, items: int) -> Callable[[], dict]:
 
 def loader(folder: str, items: int) -> Callable[[], dict]:
     from segkit.slices import SliceDataset, batches
-    from segkit.subjects import Part
+    from segkit.splits import Part
 
     subject = staged(folder)
     label_map = {name: channel for channel, name in enumerate(subject.structures)}

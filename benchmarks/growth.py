@@ -108,8 +108,8 @@ def _all_train(folder: Path, staged: list[StagedSubject]) -> Data:
     """All subjects for training: only how cost grows is asked."""
     from segkit.dataset import Data
     from segkit.labels import make_label_map
+    from segkit.splits import Part, Split
     from segkit.staging import structures_in
-    from segkit.subjects import Part, Split
 
     split = Split(tuple(Part(subject.name) for subject in staged), (), (), "all")
     by_name = {subject.name: subject for subject in staged}

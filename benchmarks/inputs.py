@@ -18,7 +18,7 @@ from benchmarks.sides import ROOT
 
 if TYPE_CHECKING:
     from segkit.dataset import Data
-    from segkit.subjects import Part
+    from segkit.splits import Part
 
 OVERLAPS = 20
 NOISE_HU = 15

@@ -2,14 +2,13 @@
 
 usage: python -m benchmarks.learning DATA_DIR STAGE_DIR [--seconds 150] [--seed 0] [--only NAME ...]
 
-Each variant gets as many steps as fit into the seconds, by the median time of its own steps on an idle machine. The
+Each variant gets as many steps as fit into the seconds, by the mean time of its own steps on an idle machine. The
 score is the headline: macro Dice of the test subjects on their own grids (the slabs left out, for a single subject).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -21,6 +20,8 @@ from segkit.dataset import Data, open_data
 from segkit.inference import Predictor
 from segkit.ranks import Ranks
 from segkit.settings import NO_AUGMENTATION, TrainSettings
+
+CALIBRATION_SECONDS = 20
 
 BASE = TrainSettings(
     epochs=1, batch_size=8, learning_rate=2e-3, target_shape=(64, 96), features=(16, 32, 64, 128), balance=1.0
@@ -69,16 +70,18 @@ def main() -> None:
 
 
 def seconds_a_step(data: Data, settings: TrainSettings) -> float:
-    """Median of ten steps after two that warm up, loading and augmentation included."""
+    """The mean of the steps of CALIBRATION_SECONDS after two that warm up, loading and augmentation included."""
     learner = steps.Learner(data, settings.checked(), Ranks(devices.pick_device(settings.device)))
     learning = slices.SliceDataset(data.staged, data.split.train, data.label_map, settings.context)
-    order = [7 * number % len(learning) for number in range(12 * settings.batch_size)]
-    seconds, before = [], time.perf_counter()
-    for batch in slices.batches(learning, order, settings.batch_size):
+    order = [7 * number % len(learning) for number in range(1000 * settings.batch_size)]
+    begun = 0.0
+    for number, batch in enumerate(slices.batches(learning, order, settings.batch_size)):
         learner.step(batch, 1, settings.learning_rate)
-        seconds.append(time.perf_counter() - before)
-        before = time.perf_counter()
-    return statistics.median(seconds[2:])
+        if number < 2:
+            begun = time.perf_counter()
+        elif time.perf_counter() - begun > CALIBRATION_SECONDS:
+            break
+    return (time.perf_counter() - begun) / (number - 1)
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ def segkit(
 ) -> Callable[[], dict]:  # fmt: skip
     """Train for `seconds` (textbook, time) or on `slices` (slices), then score the unseen part."""
     from benchmarks.learning import seconds_a_step
-    from segkit import training
+    from segkit import trainer, training
     from segkit.dataset import open_data
 
     data = open_data(data_dir, stage_dir, progress=False)
     settings = settings_of(name, which, device)
-    validating, validate = [], training.validate
+    validating, validate = [], trainer.validate
 
     def timed(*arguments, **named):
         started = time.perf_counter()
@@ -59,7 +59,7 @@ def segkit(
         validating.append(time.perf_counter() - started)
         return result
 
-    training.validate = timed
+    trainer.validate = timed
 
     def training_seconds(rows: list[dict]) -> float:
         return sum(row["seconds"] for row in rows) - sum(validating[: len(rows)])
@@ -142,8 +142,7 @@ def nnunet(
             min(FEATURES[0] * 2**level, 2 * FEATURES[-1]) for level in range(levels)
         ]
         prepared.configure({"batch_size": BATCHES[name], "architecture": plan["architecture"]})
-        step = prepared.train(3, 5) / 6  # an epoch of it has a step of validation, too
-        epochs = max(2, round(seconds / step / (ITERATIONS + 1)))
+        epochs = max(2, round(seconds / prepared.train(3, ITERATIONS)))
         started = time.perf_counter()
         epoch = prepared.train(epochs, ITERATIONS)
         train_s = time.perf_counter() - started

@@ -27,9 +27,9 @@ from segkit.pictures import (
     show_slice,
     window,
 )
+from segkit.splits import Part
 from segkit.staging import StagedSubject
 from segkit.styles import sentence
-from segkit.subjects import Part
 
 MARGIN_MM = 30.0  # shown around the structure
 BAR_MM = 20.0  # the scale bar

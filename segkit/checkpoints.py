@@ -6,9 +6,8 @@ Both hold the same and are read alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from segkit.labels import check_label_map
 from segkit.networks import build_network
 from segkit.runs import member_folders, write_whole
 from segkit.settings import check_target_shape
-from segkit.torch_file import read_torch_file, tensors_in
+from segkit.torch_file import not_finite, read_torch_file, save_torch_file, tensors_in
 from segkit.untrusted import read_json
 from segkit.weights_file import SUFFIX, read_weights_file, shared_files, write_weights_file
 
@@ -28,10 +27,6 @@ FORMAT = 2
 UNSCORED = -1.0  # in the place of a Dice, below every Dice
 _FIELDS = {
     "epoch": int, "network": dict, "label_map": dict, "settings": dict, "scores": dict, "record": dict, "weights": dict,
-}  # fmt: skip
-_STATE_TYPES = {
-    "settings": dict, "label_map": dict, "split": dict, "history": list, "slices": int, "place": int, "seen": list,
-    "seconds": int | float, "thresholds": list, "learner": dict,
 }  # fmt: skip
 
 
@@ -92,7 +87,7 @@ def save_checkpoint(
     Where `path` ends in .safetensors: for others (`segkit.weights_file`). Raises SegkitError for weights that are not
     finite: what `path` held before stays.
     """
-    _refuse_not_finite(path, model.state_dict())
+    refuse_not_finite(path, model.state_dict())
     # contiguous: channels_last is how this machine computes, not what the weights are
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {
@@ -107,21 +102,10 @@ def save_checkpoint(
     }
     if path.suffix == SUFFIX:
         return write_weights_file(path, content)
-    return write_whole(path, lambda temporary: _save_torch(content, temporary))
+    return write_whole(path, lambda temporary: save_torch_file(temporary, content))
 
 
-def _save_torch(content: dict, path: Path) -> None:
-    """Write with torch; OSError where there is no room, which torch alone tells as a failed check of its own."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def _read(path: Path, what: str) -> dict:
+def read_content(path: Path, what: str) -> dict:
     """The content of a file that segkit wrote, data alone. SegkitError that names it for anything else."""
     content = read_weights_file(path) if path.suffix == SUFFIX else read_torch_file(path, what)
     stated = content.get("format") if isinstance(content, dict) else None
@@ -142,7 +126,7 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     another label map than `label_map` (where one is given).
     """
     path = Path(path)
-    content = _read(path, "checkpoint")
+    content = read_content(path, "checkpoint")
     content["record"] = content.get("record") or {}
     for name, kind in _FIELDS.items():
         if not isinstance(content.get(name), kind):
@@ -167,77 +151,15 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     )
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """What resuming a training needs, see `segkit.training`. Weights and optimiser as their `state_dict`."""
-
-    settings: dict
-    label_map: dict[str, int]
-    split: dict
-    history: list[dict]
-    slices: int  # of the training part
-    place: int  # slices of the running epoch that were learned from
-    seen: list[float]  # losses of its steps
-    seconds: float  # that it took so far
-    thresholds: list[float]  # of each channel, from the last validation
-    learner: dict  # of `steps.Learner.state`: weights, optimiser, gradient scaler
-
-
-def save_state(path: Path, state: TrainingState) -> Path:
-    """Write a state, whole or not at all: the one before it stays until then. SegkitError as in `save_checkpoint`."""
-    _refuse_not_finite(path, state.learner["model"])
-    content = {"format": FORMAT, **{f.name: getattr(state, f.name) for f in fields(state)}}
-    return write_whole(path, lambda temporary: _save_torch(content, temporary))
-
-
-def load_state(path: Path) -> TrainingState:
-    """Read a state without executing anything in it. Raises SegkitError that names the file if it cannot be used."""
-    content = _read(path, "state of a training")
-    try:
-        state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
-    except KeyError as error:
-        raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
-    wrong = _wrong_in_state(state)
-    if wrong:
-        raise SegkitError(f"{path}: damaged state of a training: {wrong}; set RESUME = False")
-    return state
-
-
-def _wrong_in_state(state: TrainingState) -> str | None:
-    """What in a state from a file cannot be; None where all can. What fits only some network is left to `restore`."""
-    for name, kind in _STATE_TYPES.items():
-        if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
-            return f"{name} is {type(getattr(state, name)).__name__}"
-    if state.slices < 0 or state.place < 0 or not 0 <= state.seconds < math.inf:
-        return "a number below 0, or without end"
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (*state.seen, *state.thresholds)):
-        return "a loss or a threshold that is no number"
-    for number, row in enumerate(state.history, start=1):
-        if not isinstance(row, dict) or row.get("epoch") != number or not _is_score(row.get("val_dice", "")):
-            return "a history that is none"
-    if state.learner.keys() != {"model", "optimizer", "scaler", "parts"}:
-        return "parts of the network or the optimiser are missing"
-    if type(state.learner["parts"]) is not int or not isinstance(state.learner["model"], dict):
-        return "weights that are none"
-    if not all(isinstance(tensor, torch.Tensor) for tensor in state.learner["model"].values()):
-        return "weights that are none"
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_in(state.learner))
-    return None if finite else "weights that are not finite"
-
-
-def _is_score(value: Any) -> bool:
+def is_score(value: Any) -> bool:
     """Whether it is a Dice as a history holds it, None where nothing was scored."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and UNSCORED <= value <= 1)
 
 
-def _not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that hold NaN or infinite numbers."""
-    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-
-
-def _refuse_not_finite(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    wrong = _not_finite(weights)
+def refuse_not_finite(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises SegkitError that names the file `path`, which is not written, where weights hold NaN or infinity."""
+    wrong = not_finite(weights)
     if wrong:
         raise SegkitError(
             f"{path}: not written: {len(wrong)} of {len(weights)} weights are not finite, such as {wrong[0]}; what was "
@@ -257,7 +179,7 @@ def _rebuild(path: Path, network: dict, weights: dict, channels: int) -> nn.Modu
         model.load_state_dict(weights, strict=True, assign=True)
         if {name: tensor.dtype for name, tensor in model.state_dict().items()} != kinds:
             raise ValueError("weights of another type than float32")
-        if _not_finite(model.state_dict()):
+        if not_finite(model.state_dict()):
             raise ValueError("weights that are not finite")
     except SegkitError as error:
         raise SegkitError(f"{path}: {error}") from error
@@ -323,7 +245,7 @@ def _best(folder: Path) -> tuple[float, Path]:
     history = read_json(path, "not a training history: set CHECKPOINT to a file, or train again")
     try:
         epochs = [(UNSCORED if row["val_dice"] is None else row["val_dice"], row["epoch"]) for row in history["epochs"]]
-        if not all(type(epoch) is int and _is_score(score) for score, epoch in epochs):
+        if not all(type(epoch) is int and is_score(score) for score, epoch in epochs):
             raise TypeError("an epoch or a Dice that is no number")
     except (KeyError, TypeError) as error:
         raise SegkitError(f"{path}: not a training history ({error!r})") from error

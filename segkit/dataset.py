@@ -15,8 +15,9 @@ from segkit.labels import group_of, load_label_map, make_label_map
 from segkit.locks import alone
 from segkit.phantom import write_phantoms
 from segkit.runs import discard, left_behind, make_folder, write_whole_folder
+from segkit.splits import SPLITS, Part, Split, make_split
 from segkit.staging import StagedSubject, stage, structures_in
-from segkit.subjects import SPLITS, Part, Split, find_subjects, make_split, select_subjects
+from segkit.subjects import find_subjects, select_subjects
 from segkit.untrusted import read_json
 
 

@@ -25,9 +25,9 @@ from segkit.labels import check_name, group_of
 from segkit.locks import alone
 from segkit.runs import PREDICTIONS_LOCK, RUN_LOCK, make_folder, sweep, write_json, write_whole
 from segkit.settings import SCORING, Scoring
+from segkit.splits import Part
 from segkit.staging import StagedSubject
 from segkit.stores import StoredArray, checksums, is_whole, save_array, sealed
-from segkit.subjects import Part
 from segkit.untrusted import read_file, read_json
 
 COLUMNS = (

@@ -24,8 +24,8 @@ from segkit.networks import on_device, precision
 from segkit.segmenting import Collector, WayBack, entropy_bits, mean_of
 from segkit.slabs import SlabDataset, window_starts, window_weights, windows
 from segkit.slices import SliceBatch, SliceDataset, batches
+from segkit.splits import Part
 from segkit.staging import StagedSubject
-from segkit.subjects import Part
 
 
 @dataclass(frozen=True)

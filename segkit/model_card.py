@@ -18,7 +18,7 @@ from segkit.errors import SegkitError
 from segkit.labels import GROUPS
 from segkit.metrics import MEASURES
 from segkit.report import headline
-from segkit.subjects import SPLITS, Split
+from segkit.splits import SPLITS, Split
 
 TAGS = ("segkit", "ct", "medical-imaging", "segmentation", "not-for-diagnosis")
 HUB_LICENCES = (

@@ -22,8 +22,8 @@ from skimage.measure import find_contours
 
 from segkit.codes import CodeVolume
 from segkit.labels import OFFICIAL, color_of, rgb_of
+from segkit.splits import Part
 from segkit.styles import GREEN, SKY, VERMILION, YELLOW, sentence
-from segkit.subjects import Part
 
 WINDOWS = {
     "soft tissue": (40.0, 400.0), "lung": (-600.0, 1500.0), "bone": (400.0, 1800.0), "brain": (40.0, 80.0),

@@ -21,7 +21,7 @@ from segkit.pictures import plot_slices, spread_slices
 from segkit.runs import discard, left_behind, make_folder, write_whole_folder
 from segkit.scans import Scan, ScanSource, read_scan
 from segkit.settings import Segmenting
-from segkit.subjects import Part
+from segkit.splits import Part
 
 PLAIN = Segmenting()
 

@@ -154,7 +154,7 @@ class Report:
         pairs = worst_pairs(self.evaluated.confusion, scores).head(60)
         tables = [
             Section("Means", MEANS_TEXT, table=means_table(scores)),
-            Section("Success rates", CAPTIONS["success_rates"], table=summaries.success_rates(scores).reset_index()),
+            Section("Success at thresholds", "Of all cases.", table=summaries.success_rates(scores).reset_index()),
             *self._sections.values(),
             Section("All structures", "Best first; n: subjects that hold it.", table=summaries.per_structure(scores)),
             Section("All subjects", "Best first; n: structures that it holds.", table=summaries.per_subject(scores)),

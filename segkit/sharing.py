@@ -16,7 +16,7 @@ from segkit.errors import SegkitError
 from segkit.model_card import Provenance, check_licence, model_card, score_section
 from segkit.runs import make_folder, write_whole_folder
 from segkit.settings import TrainSettings
-from segkit.subjects import Split
+from segkit.splits import Split
 from segkit.untrusted import read_json
 from segkit.weights_file import shared_name
 

@@ -14,8 +14,8 @@ import torch
 
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset
+from segkit.splits import Part
 from segkit.staging import StagedSubject
-from segkit.subjects import Part
 
 Layout = Callable[[Sequence[int], int, int], list[tuple[int, int, int]]]
 """(ascending slices of a part, slices of the scan, depth) -> (slice, start, first) of each slab: the slab that is laid

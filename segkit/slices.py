@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from segkit.splits import Part
 from segkit.staging import StagedSubject
-from segkit.subjects import Part
 
 AIR_HU = -1024
 

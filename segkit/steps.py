@@ -58,7 +58,7 @@ class Learner:
         self.prepared = False
 
     def state(self) -> dict:
-        """All that is needed to go on, see `checkpoints.TrainingState`."""
+        """All that is needed to go on, see `training_state.TrainingState`."""
         return {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),

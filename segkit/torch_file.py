@@ -1,4 +1,4 @@
-"""Files of torch, read as data alone: no code, no byte that was not written, no more memory than the file has bytes."""
+"""Files of torch, written, and read as data alone: no code, no byte that was not written, no more memory than bytes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def read_torch_file(path: Path, what: str) -> Any:
         reason = " ".join(printable(f"{type(error).__name__}: {error}").split())[:200]
         raise SegkitError(f"{path}: no readable {what} ({reason})") from error
     return content
+
+
+def save_torch_file(path: Path, content: dict) -> None:
+    """Write plain types and tensors; OSError where there is no room: torch tells it as a check of its own."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _check_archive(path: Path) -> None:
@@ -65,3 +76,8 @@ def tensors_in(content: object) -> Iterator[torch.Tensor]:
         elif isinstance(each, Mapping | list | tuple | set) and id(each) not in seen:
             seen.add(id(each))  # what a file holds may hold itself
             left += each.values() if isinstance(each, Mapping) else each
+
+
+def not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinite numbers."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]

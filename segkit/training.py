@@ -1,20 +1,15 @@
-"""Training: epochs of slices, each with validation, a checkpoint and a history; resumed where it stopped."""
+"""A training run in its folder, with checkpoints and a history after each epoch; resumed where it stopped."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-
-from segkit.checkpoints import TrainingState, best_checkpoint, load_state, save_checkpoint, save_state
+from segkit.checkpoints import best_checkpoint, save_checkpoint
 from segkit.dataset import Data
-from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
 from segkit.locks import alone
 from segkit.ranks import Ranks, join_ranks
@@ -29,20 +24,12 @@ from segkit.runs import (
     sweep,
     write_json,
 )
-from segkit.schedule import learning_rate, should_stop
-from segkit.settings import TrainSettings, changed
-from segkit.slabs import open_items, tiles
-from segkit.slices import batches, epoch_order
-from segkit.steps import Learner
-from segkit.subjects import Split
-from segkit.validation import as_row, validate
+from segkit.schedule import should_stop
+from segkit.settings import TrainSettings
+from segkit.trainer import Trainer
+from segkit.training_state import load_state, save_state
 
-STATE_SECONDS = 300
-"""How often the state is saved within an epoch, so that a killed training loses no more."""
 STATE_FILE = "last_state.pth"
-RESUMABLE = ("epochs", "early_stopping", "accumulate", "keep_checkpoints", "init_checkpoint", "device", "workers")
-"""Settings that may differ when a training is resumed. Other EPOCHS bend the schedule from there on."""
-
 UNSCORED: Mapping = {
     "val_loss": None,
     "val_dice": None,
@@ -51,9 +38,6 @@ UNSCORED: Mapping = {
     "val_dice_of": {},
 }
 """The columns of `validation.as_row` of an epoch that was interrupted."""
-
-VALIDATION_BATCH = 8
-"""Slices scored at a time, at most: their dense logits take more room than what is learned from."""
 
 
 class History(list[dict]):
@@ -121,7 +105,7 @@ def _train(
     ranks: Ranks,
 ) -> History:
     going_on = resume and (output_dir / STATE_FILE).is_file() and not is_half_moved(output_dir)
-    trainer = _Trainer(data, settings, ranks, fresh=not going_on)
+    trainer = Trainer(data, settings, ranks, fresh=not going_on)
     if going_on:
         trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
     ranks.wait()  # all have looked for the state before the first one may write a new one
@@ -178,7 +162,7 @@ def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
 class _RunFiles:
     """The files of a training run in its folder. Of several ranks the first one alone writes."""
 
-    def __init__(self, folder: Path, trainer: _Trainer):
+    def __init__(self, folder: Path, trainer: Trainer):
         self.folder, self.trainer, self.first = folder, trainer, trainer.ranks.first
         self.record = make_record(trainer.data, trainer.ranks)
 
@@ -235,136 +219,3 @@ class _RunFiles:
             where = f"in epoch {rows[-1]['epoch']} after {rows[-1]['steps']} steps" if rows else "before the first step"
             print(f"interrupted {where}; what was learned is kept, RESUME = True goes on")
         return History(rows, interrupted=True)
-
-
-class _Trainer:
-    """The learner with its slices, and how far it has come."""
-
-    def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
-        self.data, self.settings, self.ranks = data, settings, ranks
-        self.learner = Learner(data, settings, ranks, fresh)
-        self.train_slices = open_items(data.staged, data.split.train, data.label_map, settings)
-        self.val_slices = open_items(data.staged, data.split.val, data.label_map, settings, tiles)
-        self.in_epoch = settings.slices_per_epoch or -(-len(self.train_slices) // settings.depth)
-        self.history: list[dict] = []
-        self.place = 0  # slices of the running epoch that were learned from
-        self.seen: list[float] = []  # losses of its steps
-        self.whole = True  # whether weights and counters are those of the same step
-        self.seconds = 0.0  # that it took before this process
-        self.started = time.monotonic()
-        self.thresholds: tuple[float, ...] = ()  # of each channel, from the last validation
-
-    def state(self) -> TrainingState:
-        """All that is needed to go on."""
-        return TrainingState(
-            settings=asdict(self.settings),
-            label_map=dict(self.data.label_map),
-            split=self.data.split.to_json(),
-            history=self.history,
-            slices=len(self.train_slices),
-            place=self.place,
-            seen=self.seen,
-            seconds=time.monotonic() - self.started,
-            thresholds=list(self.thresholds),
-            learner=self.learner.state(),
-        )
-
-    def restore(self, state: TrainingState, path: Path) -> None:
-        """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
-        differing = [name for name in changed(self.settings, state.settings) if name not in RESUMABLE]
-        split = Split.from_json(state.split, str(path))
-        same_split = replace(split, source=self.data.split.source) == self.data.split
-        same_data = state.label_map == self.data.label_map and same_split
-        if differing or not same_data or state.slices != len(self.train_slices):
-            what = ", ".join(name.upper() for name in differing) or "the subjects, their structures or their split"
-            raise SegkitError(
-                f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
-            )
-        try:
-            self.learner.restore(**state.learner)
-        except Exception as error:  # torch raises many kinds for what does not fit
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise SegkitError(f"{path}: damaged state of a training ({reason}); set RESUME = False") from error
-        self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
-        self.thresholds = tuple(state.thresholds)
-
-    def epoch(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
-        """Train what is left of the running epoch, validate, and add its row to the history.
-
-        `save` is called now and then, when a step is whole. KeyboardInterrupt where `interrupts` asks for it.
-        """
-        self.started = time.monotonic() - self.seconds
-        with interrupts.held():
-            self._train(save, interrupts, progress)
-        s = self.settings
-        self.ranks.align(self.learner.model)
-        try:
-            validation = validate(
-                self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
-                max(1, min(s.batch_size, VALIDATION_BATCH) // self.learner.parts),
-                s.validation_slices, s.workers, progress, self.ranks,
-            )  # fmt: skip
-        except DivergedError as error:
-            raise self._stopped(error) from None
-        row = {
-            **self.training_row(),
-            **as_row(validation, self.data.label_map),
-            "seconds": round(time.monotonic() - self.started, 2),
-        }
-        self.thresholds = validation.thresholds
-        self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
-
-    def training_row(self) -> dict:
-        """The row of the running epoch as far as training goes."""
-        return {
-            "epoch": len(self.history) + 1,
-            "steps": len(self.seen),
-            "learning_rate": self._rate(0),
-            "train_loss": float(np.mean(self.seen)),
-        }
-
-    def _rate(self, step: int) -> float:
-        """The learning rate of a step of the running epoch."""
-        in_epoch = -(-self.in_epoch // self.settings.batch_size)
-        return learning_rate(
-            self.settings, len(self.history) * in_epoch + step, self.settings.epochs * in_epoch, self.history
-        )
-
-    def _train(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
-        s, epoch = self.settings, len(self.history) + 1
-        holds = self.train_slices.holds if s.balance else None
-        order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
-        loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each)
-        self.learner.model.train()
-        saved = time.monotonic()
-        bar = tqdm(
-            loader, desc=f"epoch {epoch}/{s.epochs}", unit="batch", leave=False, disable=not progress,
-            initial=len(self.seen), total=len(self.seen) + len(loader),
-        )  # fmt: skip
-        with bar:
-            for batch in bar:
-                if not self.learner.prepared:
-                    self.learner.prepare(batch)
-                self.whole = False
-                try:
-                    self.seen.append(self.learner.step(batch, epoch, self._rate(len(self.seen))))
-                except DivergedError as error:
-                    items = order[self.place : self.place + s.batch_size]
-                    raise self._stopped(f"{error} at the slices {self.train_slices.named(items)}") from None
-                self.place = min(self.place + s.batch_size, len(order))
-                self.whole = True
-                bar.set_postfix(loss=f"{np.mean(self.seen[-50:]):.4f}")
-                if self.ranks.sum(torch.tensor(int(interrupts.asked))):
-                    raise KeyboardInterrupt
-                if time.monotonic() - saved > STATE_SECONDS:
-                    save()
-                    saved = time.monotonic()
-
-    def _stopped(self, why: object) -> SegkitError:
-        """What to raise where the running epoch came to an end for good."""
-        before = f"checkpoint_epoch{len(self.history)}.pth" if self.history else None
-        anew = f" with INIT_CHECKPOINT = {before}" if before else ""
-        return SegkitError(
-            f"epoch {len(self.history) + 1}: {why}; what was saved before is kept. Look at these slices, or start "
-            f"again{anew} and a lower LEARNING_RATE or GRADIENT_CLIP = 1"
-        )

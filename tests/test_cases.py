@@ -5,7 +5,7 @@ import pytest
 
 from segkit import cases
 from segkit.codes import encode
-from segkit.subjects import Part
+from segkit.splits import Part
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from segkit.errors import SegkitError
 from segkit.inference import Predictor
 from segkit.networks import build_network
 from segkit.settings import TrainSettings
-from segkit.subjects import Part
+from segkit.splits import Part
 from segkit.training import train
 
 LABELS = {"bone": 0, "dense": 1}

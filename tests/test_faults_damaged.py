@@ -20,7 +20,7 @@ from damage import VALUES, changed, damaged, damaged_json, try_all, with_pieces
 from hypothesis import strategies as st
 
 from segkit import comparison, dataset, evaluation, labels, staging
-from segkit.checkpoints import best_checkpoint, load_checkpoint, load_state, save_checkpoint
+from segkit.checkpoints import best_checkpoint, load_checkpoint, save_checkpoint
 from segkit.codes import CodeVolume, encode
 from segkit.download import downloading
 from segkit.errors import SegkitError
@@ -30,8 +30,11 @@ from segkit.ranks import join_ranks
 from segkit.runs import write_json
 from segkit.settings import NO_AUGMENTATION, TrainSettings
 from segkit.sharing import _scores_of
-from segkit.subjects import SPLITS, find_subjects, read_meta_split
-from segkit.training import _Trainer, train
+from segkit.splits import SPLITS
+from segkit.subjects import find_subjects, read_meta_split
+from segkit.trainer import Trainer
+from segkit.training import train
+from segkit.training_state import load_state
 from segkit.unet import UNet2D
 
 NETWORK = {"in_channels": 1, "out_channels": 2, "features": [4, 8]}
@@ -408,7 +411,7 @@ def stopped(phantom_data, tmp_path_factory):
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("stopped")
     train(phantom_data, settings, folder, progress=False, on_epoch=_stop)
-    return folder / "last_state.pth", _Trainer(phantom_data, settings.checked(), join_ranks("cpu"))
+    return folder / "last_state.pth", Trainer(phantom_data, settings.checked(), join_ranks("cpu"))
 
 
 def _stop(_):

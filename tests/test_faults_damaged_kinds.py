@@ -18,12 +18,13 @@ from test_faults_damaged import a_subject, save_network, scores_table
 from test_faults_damaged_scans import AFFINE, HU, nrrd_header, read_one
 
 from segkit import evaluation, labels, staging
-from segkit.checkpoints import best_checkpoint, load_checkpoint, load_state
+from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import _read_split
 from segkit.errors import Findings, SegkitError
 from segkit.formats.label_image import read_names
 from segkit.reading import read_ct, read_labels, refuse
 from segkit.subjects import find_subjects
+from segkit.training_state import load_state
 
 NOBODY = 65534
 

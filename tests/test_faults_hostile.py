@@ -30,11 +30,12 @@ from test_faults_damaged import NETWORK, a_subject, save_network
 from test_faults_damaged_scans import AFFINE, HU, nrrd_header, read_one
 
 from segkit import labels, untrusted
-from segkit.checkpoints import load_checkpoint, load_checkpoints, load_state
+from segkit.checkpoints import load_checkpoint, load_checkpoints
 from segkit.dataset import _read_split
 from segkit.errors import SegkitError
 from segkit.formats.label_image import embedded_names, read_names
 from segkit.subjects import read_meta_split
+from segkit.training_state import load_state
 
 # --- code
 

@@ -20,8 +20,8 @@ from fault_processes import Ended, files_of, left_over
 from test_download import NAME, archive, server, source  # noqa: F401  fixtures
 from test_predicting import Bright, scan_file
 
-from segkit import training
-from segkit.checkpoints import load_checkpoint, load_state
+from segkit import trainer, training
+from segkit.checkpoints import load_checkpoint
 from segkit.dataset import open_data
 from segkit.download import Release, download, fetching, unpacking
 from segkit.ensemble import train_members
@@ -31,6 +31,7 @@ from segkit.scans import find_scans
 from segkit.settings import TrainSettings
 from segkit.staging import stage
 from segkit.subjects import find_subjects
+from segkit.training_state import load_state
 
 SETTINGS = TrainSettings(
     epochs=2, batch_size=4, target_shape=(32, 32), features=(4, 8), slices_per_epoch=10, validation_slices=4,
@@ -138,7 +139,7 @@ def assert_whole_folders(found: dict[str, bytes], *versions: dict[str, bytes]) -
 
 
 def train_here(data: str, store: str, folder: str, members: int, resume: bool, epochs: int = 2) -> None:
-    training.STATE_SECONDS = 0  # after every step
+    trainer.STATE_SECONDS = 0  # after every step
     opened = open_data(data, store, progress=False)
     settings = TrainSettings(**{**SETTINGS.__dict__, "epochs": epochs})
     train_members(opened, settings, folder, members, progress=False, resume=resume)

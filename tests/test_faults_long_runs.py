@@ -71,7 +71,7 @@ from segkit import evaluation, staging
 from segkit.dataset import open_data
 from segkit.inference import Predictor
 from segkit.networks import build_network
-from segkit.subjects import Part
+from segkit.splits import Part
 staging.MOST_OPEN = 16
 torch.manual_seed(0)
 data = open_data({data!r}, {stage!r}, progress=False)
@@ -201,11 +201,11 @@ def test_figures_are_closed(phantom_data, tmp_path):
 @pytest.mark.parametrize("keep", [1, 2, 5, None])
 def test_the_newest_checkpoints_and_the_best_one_are_kept(phantom_data, tmp_path, monkeypatch, keep):
     """With validation scores that were chosen here: epoch 2 is the best, then 5, then nothing better."""
-    from segkit import training
+    from segkit import trainer
 
     scores = iter([0.1, 0.5, 0.2, 0.3, 0.6, 0.1, 0.2])
-    original = training.as_row
-    monkeypatch.setattr(training, "as_row", lambda *args: {**original(*args), "val_dice": next(scores)})
+    original = trainer.as_row
+    monkeypatch.setattr(trainer, "as_row", lambda *args: {**original(*args), "val_dice": next(scores)})
     there = []
     settings = replace(SMALL, epochs=7, keep_checkpoints=keep)
     train(

@@ -16,8 +16,8 @@ from conftest import write_subject
 from test_ranks import launch
 from test_resume import SETTINGS, same, weights_of
 
-from segkit import augment, inference, losses, steps, training
-from segkit.checkpoints import load_checkpoint, load_state, save_checkpoint, save_state
+from segkit import augment, inference, losses, steps, trainer, training
+from segkit.checkpoints import load_checkpoint, save_checkpoint
 from segkit.codes import encode
 from segkit.dataset import open_data
 from segkit.errors import Findings, SegkitError
@@ -28,8 +28,10 @@ from segkit.ranks import Ranks
 from segkit.reading import read_ct
 from segkit.settings import NO_AUGMENTATION, Augmentation, TrainSettings
 from segkit.slices import SliceDataset, batches, collate
-from segkit.subjects import Part, find_subjects
+from segkit.splits import Part
+from segkit.subjects import find_subjects
 from segkit.training import train
+from segkit.training_state import load_state, save_state
 
 STEPS = 4
 """Of an epoch of SETTINGS."""
@@ -117,7 +119,7 @@ def test_a_step_that_is_no_number(phantom_data, uninterrupted, tmp_path, monkeyp
         "fault, the weights of a training that never had it",
     )
     settings = replace(SETTINGS, accumulate=2 if way == "NaN in the second of two parts" else 1)
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)  # the state is saved after every step
+    monkeypatch.setattr(trainer, "STATE_SECONDS", 0)  # the state is saved after every step
     if settings.accumulate == 2:
         train(phantom_data, settings, tmp_path / "whole", progress=False)
         uninterrupted = tmp_path / "whole"

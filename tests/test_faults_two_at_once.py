@@ -24,8 +24,9 @@ from segkit.download import Release, download
 from segkit.errors import SegkitError
 from segkit.locks import alone
 from segkit.runs import PREDICTIONS_LOCK, RUN_LOCK
+from segkit.splits import Part
 from segkit.staging import stage
-from segkit.subjects import Part, find_subjects
+from segkit.subjects import find_subjects
 
 TAKEN = "another process is {} "
 

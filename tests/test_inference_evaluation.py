@@ -10,7 +10,7 @@ from segkit.errors import SegkitError
 from segkit.evaluation import COLUMNS, score_subject
 from segkit.inference import Predictor, round_trip
 from segkit.settings import Scoring
-from segkit.subjects import Part
+from segkit.splits import Part
 from segkit.summaries import summarize
 
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit import losses, memory, training
-from segkit.checkpoints import load_checkpoint, load_state
+from segkit.checkpoints import load_checkpoint
 from segkit.errors import SegkitError
 from segkit.settings import TrainSettings
+from segkit.training_state import load_state
 
 SETTINGS = TrainSettings(
     epochs=1, batch_size=8, target_shape=(32, 32), features=(4, 8), slices_per_epoch=20, validation_slices=4,

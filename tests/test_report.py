@@ -13,7 +13,7 @@ from segkit.errors import SegkitError
 from segkit.report import Report, headline, means_table
 from segkit.report_page import Section, write_report_page
 from segkit.runs import RUN_FILES
-from segkit.subjects import Part, Split
+from segkit.splits import Part, Split
 
 
 @pytest.fixture(scope="module")

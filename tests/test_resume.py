@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from segkit import losses, steps, training
-from segkit.checkpoints import load_checkpoint, load_state
+from segkit.checkpoints import load_checkpoint
 from segkit.errors import SegkitError
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
 from segkit.training import train
+from segkit.training_state import load_state
 
 SETTINGS = TrainSettings(
     epochs=3, batch_size=4, target_shape=(32, 32), features=(4, 8), slices_per_epoch=14, validation_slices=6,

@@ -8,7 +8,7 @@ from conftest import write_subject
 from segkit import dataset, runs
 from segkit.errors import SegkitError
 from segkit.locks import alone
-from segkit.subjects import Part
+from segkit.splits import Part
 
 
 def test_the_root_is_found_from_anywhere_inside(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from segkit.networks import build_network
 from segkit.runs import write_json
 from segkit.settings import TrainSettings
 from segkit.sharing import export_model
-from segkit.subjects import Part
+from segkit.splits import Part
 from segkit.weights_file import read_weights_file, write_weights_file
 
 LABELS = {"liver": 0, "spleen": 1, "my_lesion": 2}

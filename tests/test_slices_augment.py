@@ -14,8 +14,8 @@ from segkit.errors import SegkitError
 from segkit.segmenting import WayBack
 from segkit.settings import NO_AUGMENTATION, Augmentation, check_target_shape
 from segkit.slices import AIR_HU, SliceBatch, SliceDataset, batches, collate, epoch_order
+from segkit.splits import Part
 from segkit.staging import StagedSubject
-from segkit.subjects import Part
 
 
 def one_batch(hu: np.ndarray, codes: np.ndarray | None = None, spacing=(1.0, 1.0), codebook=None) -> SliceBatch:

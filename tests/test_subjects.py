@@ -7,16 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit.errors import SegkitError
-from segkit.subjects import (
-    SLAB_SLICES,
-    Part,
-    Split,
-    Subject,
-    find_subjects,
-    make_split,
-    read_meta_split,
-    select_subjects,
-)
+from segkit.splits import SLAB_SLICES, Part, Split, make_split
+from segkit.subjects import Subject, find_subjects, read_meta_split, select_subjects
 
 MASK = {"liver": np.ones((3, 3, 3))}
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkit import augment, slabs, training
+from segkit import augment, slabs
 from segkit.checkpoints import load_checkpoint
 from segkit.choices import MODELS, find
 from segkit.errors import SegkitError
@@ -22,8 +22,9 @@ from segkit.ranks import Ranks
 from segkit.settings import NO_AUGMENTATION, TrainSettings
 from segkit.slabs import SlabDataset, around, tiles, window_starts, window_weights, windows
 from segkit.slices import SliceDataset, Targets, batches
+from segkit.splits import Part
 from segkit.steps import Learner
-from segkit.subjects import Part
+from segkit.trainer import Trainer
 from segkit.training import train
 
 SMALL = TrainSettings(
@@ -329,7 +330,7 @@ def test_a_training_reloads_predicts_the_same_and_resumes_to_the_same_weights(fe
 
 def test_an_epoch_sees_as_many_slices_as_there_are_and_a_batch_in_parts_is_the_whole(phantom_data):
     settings = replace(SMALL, model="unet3d", slices_per_epoch=None, augmentation=NO_AUGMENTATION).checked()
-    trainer = training._Trainer(phantom_data, settings, Ranks(CPU))
+    trainer = Trainer(phantom_data, settings, Ranks(CPU))
     slices = len(SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map))
     assert trainer.in_epoch == -(-slices // 4)
     [batch] = batches(trainer.train_slices, [5, 30, 60, 90], 4)
