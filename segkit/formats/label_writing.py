@@ -48,7 +48,7 @@ def write_label_image(path: Path, best: np.ndarray, structures: Sequence[str], g
 
 def lost_labels(volume: CodeVolume) -> tuple[int, int]:
     """How many voxels belong to several structures, and how many labels they lose where a voxel holds one."""
-    voxels = np.bincount(volume.codes.ravel(), minlength=len(volume.codebook))
+    voxels = volume.counts()
     more = np.maximum(volume.codebook.sum(1) - 1, 0)
     return int(voxels[more > 0].sum()), int(voxels @ more)
 
