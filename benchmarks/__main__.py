@@ -97,6 +97,8 @@ def main() -> None:
     wanted = works(bench)
     usual = [work.name for work in wanted if not (bench.quick and work.name.startswith("quality"))]
     tables, failed = measure_all(bench, wanted, usual if chosen.only is None else chosen.only)
+    there = {table.name for table in tables} | failed.keys()
+    run["left_out"] = [] if bench.quick else [work.name for work in wanted if work.name not in there]
     publish(chosen.out, tables, failed, described, run)
 
 

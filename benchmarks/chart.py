@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.page import number
 from benchmarks.tables import Table
 from segkit.styles import BLUE, GREEN, GREY, VERMILION, save_figure
 
@@ -24,15 +25,17 @@ def draw(tables: Sequence[Table], path: Path) -> None:
     figure = Figure(figsize=(13, 0.9 + 0.19 * lines), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if scored else (figure.subplots(), None)
     _bars(left, [(table.title, [(row.side, row.times, _colour(row.kind, row.times)) for row in rows])
-                 for table, rows in timed])  # fmt: skip
+                 for table, rows in timed], start=1)  # fmt: skip
     left.set_xscale("log")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("times as long as segkit (blue: slower, orange: faster, grey: a floor)")
     if right is not None:
         _bars(right, [(table.title, [(row.side, row.score, {"segkit": OURS, "floor": FLOOR}.get(row.kind, SLOWER))
-                                     for row in rows]) for table, rows in scored])  # fmt: skip
+                                     for row in rows]) for table, rows in scored], start=0)  # fmt: skip
         right.set_xlim(0, 1)
         right.set_xlabel("macro Dice (green: segkit, grey: the best that its input size allows)")
+    for axes in figure.axes:
+        axes.set_ylim(lines, -1)  # bars of both are as thick
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
 
@@ -41,20 +44,21 @@ def _colour(kind: str, times: float) -> str:
     return FLOOR if kind == "floor" else SLOWER if times >= 1 else FASTER
 
 
-def _bars(axes: Axes, groups: Sequence[tuple[str, list[tuple[str, float, str]]]]) -> None:
+def _bars(axes: Axes, groups: Sequence[tuple[str, list[tuple[str, float, str]]]], start: float) -> None:
+    """A bar from `start` to each value, with its number at its end."""
     place, ticks = 0, []
     for title, rows in groups:
         ticks.append((place, title, "bold"))
         for side, value, colour in rows:
             place += 1
-            axes.barh(place, value, color=colour, height=0.75)
-            axes.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+            axes.barh(place, value - start, left=start, color=colour, height=0.75)
+            side_of_end = "left" if value >= start else "right"
+            axes.annotate(f" {number(value)} ", (value, place), va="center", ha=side_of_end, fontsize=7)
             ticks.append((place, side, "normal"))
         place += 1
     axes.set_yticks([tick for tick, _, _ in ticks], [text.replace("`", "") for _, text, _ in ticks], fontsize=7)
     for label, (_, _, weight) in zip(axes.get_yticklabels(), ticks, strict=True):
         label.set_fontweight(weight)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place, -1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)

@@ -23,12 +23,14 @@ QUICK = (
 
 
 def render(tables: Sequence[Table], failed: Mapping[str, str], machine: Mapping, run: Mapping) -> str:
-    """The page. failed: works that stopped, with why. run: quick, date, command."""
+    """The page. failed: works that stopped, with why. run: quick, date, command, left_out: names of works."""
     head = HEAD.format(
         quick=QUICK if run["quick"] else "", flag=" --quick" if run["quick"] else "", command=run["command"],
         date=run["date"], threads=machine["threads"],
     )  # fmt: skip
-    parts = [head, summary(tables), *(section(table) for table in tables)]
+    left_out = ", ".join(f"`{name}`" for name in run["left_out"])
+    said = [f"Left out of this run: {left_out}.\n"] if left_out else []
+    parts = [head, *said, summary(tables), *(section(table) for table in tables)]
     parts += [f"## {name}\n\nNot measured: {why}\n" for name, why in failed.items()]
     return "\n".join([*parts, machine_section(machine)])
 

@@ -156,11 +156,13 @@ def test_the_page_says_that_it_is_quick_and_what_failed(tmp_path):
         "versions": {"torch": "1"}, "peers": {"monai": None}, "rates": dict.fromkeys(
             ("matrix_gflops", "memory_gb_s", "gunzip_mb_s"), 1),
     }  # fmt: skip
-    run = {"quick": True, "date": "2030-01-02", "command": "make bench QUICK=1"}
+    run = {"quick": True, "date": "2030-01-02", "command": "make bench QUICK=1", "left_out": []}
     text = page.render([example()], {"other": "ValueError: x"}, machine, run)
     assert text.index("The quick form") < text.index("## A work")
     assert "## other\n\nNot measured: ValueError: x" in text and "no environment of their own" in text
-    assert "quick form" not in page.render([example()], {}, machine, {**run, "quick": False})
+    assert "Left out of" not in text
+    part = page.render([example()], {}, machine, {**run, "quick": False, "left_out": ["demo", "growth"]})
+    assert "quick form" not in part and "Left out of this run: `demo`, `growth`." in part
     chart.draw([example()], tmp_path / "images" / "chart.png")
     assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
