@@ -52,6 +52,8 @@ RUN_LOCK = ".lock"
 PREDICTIONS_LOCK = ".predictions.lock"
 """Held in a run's folder by the process that evaluates it, which may be while it is still trained."""
 
+_stamps: set[str] = set()  # that this process has given
+
 _TEMPORARY = re.compile(r"\.\d+\.(.+)")  # of `_beside`
 
 
@@ -73,8 +75,11 @@ def resolve(path: str | Path, root: Path | None = None) -> Path:
 
 
 def time_stamp() -> str:
-    """Now, as it stands in file names: 20261123_184105."""
-    return datetime.now().strftime("%Y%m%d_%H%M%S")
+    """Now, as it stands in file names: 20261123_184105. Within a process never the same twice: it waits a moment."""
+    while (stamp := datetime.now().strftime("%Y%m%d_%H%M%S")) in _stamps:
+        time.sleep(0.02)
+    _stamps.add(stamp)
+    return stamp
 
 
 def start_run(output_dir: str | Path) -> Path:

@@ -182,3 +182,8 @@ def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
     (tmp_path / "split.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"split\.json: damaged"):
         dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+
+
+def test_two_stamps_in_one_second_differ():
+    first, second = runs.time_stamp(), runs.time_stamp()
+    assert first < second and len(first) == len(second) == len("20261123_184105")
