@@ -48,10 +48,13 @@ class StoredArray:
     def __init__(self, path: Path, shape: tuple[int, int, int], kind: str, expected: Sequence[int]):
         self.path, self._expected = path, expected  # `checksums` of what was written
         try:
+            self._check_is_there()  # before it is opened: a pipe would wait
             self._array = blosc2.open(str(path), mode="r")
             found = tuple(self._array.shape), self._array.dtype
+        except SegkitError:
+            raise
         except Exception as error:  # blosc2 raises many kinds for a file that makes no sense
-            raise self._unreadable(error) from error
+            raise self._damaged(error) from error
         if (found[0], found[1].kind) != (shape, kind) or len(expected) != shape[0]:
             raise self._damaged(f"expected the shape {shape}, found {found[0]}, {found[1]}")
 
@@ -60,17 +63,17 @@ class StoredArray:
         try:
             planes = self._array[z]
         except Exception as error:  # blosc2 raises many kinds for compressed data that make no sense
-            raise self._unreadable(error) from error
+            self._check_is_there()
+            raise self._damaged(error) from error
         expected: Any = self._expected[z]
         found = checksums(planes if isinstance(z, slice) else planes[None])
         if found != (list(expected) if isinstance(z, slice) else [expected]):
             raise self._damaged("its slices are not what was written")
         return planes
 
-    def _unreadable(self, error: Exception) -> SegkitError:
+    def _check_is_there(self) -> None:
         if not self.path.is_file():
-            return SegkitError(f"{self.path}: is gone: deleted, or made anew because its sources changed; start again")
-        return self._damaged(error)
+            raise SegkitError(f"{self.path}: is gone: deleted, or made anew because its sources changed; start again")
 
     def _damaged(self, reason: object) -> SegkitError:
         return SegkitError(f"{self.path}: damaged store ({reason}); {REMEDY}")
