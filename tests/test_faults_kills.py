@@ -255,7 +255,9 @@ def fetch(folder: str, url: str, size: int, md5: str, keep: bool) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_downloading(first, server, source, archive, tmp_path, fault, many, keep):  # noqa: F811
-    row = fault(f"downloading {'and keeping the archive ' * keep}killed at random moments", EXPECTED)
+    row = fault(
+        f"downloading {'and keeping the archive ' * keep}killed at random moments and before changes of files", EXPECTED
+    )
     server.pause = 0.0005  # after each 8 kB
 
     def run(folder: Path, **how) -> Ended:
@@ -267,7 +269,7 @@ def test_downloading(first, server, source, archive, tmp_path, fault, many, keep
     assert files_of(tmp_path / "whole") == expected
     kills = Kills()
     stages = set()
-    for number, moment in enumerate(moments(whole, many(6, 25), many(10, 25))):
+    for number, moment in enumerate(moments(whole, many(6, 25), many(10, whole.changes))):
         folder = tmp_path / str(number)
         kills.hit(run, folder, moment, left=lambda folder: list(folder.glob(".download/unpacking")))
         found = files_of(folder)
