@@ -47,6 +47,9 @@ RUN_FILES = (
 )
 """What belongs to one run. Staged stores, phantoms and executed notebooks serve several and stay where they are."""
 
+PLAN_FILES = {"label_map.json", "split.json", "settings.json"}
+"""What a training writes before its first step."""
+
 RUN_LOCK = ".lock"
 """Held in a run's folder by the process that trains into it."""
 PREDICTIONS_LOCK = ".predictions.lock"
@@ -86,12 +89,13 @@ def start_run(output_dir: str | Path) -> Path:
     """Make `output_dir` ready for a new training and return it.
 
     Files of an older run move to `runs/<stamp of their end>/` inside it, all of them: where a process was killed in the
-    middle, the next one goes on. Raises SegkitError where nothing can be written.
+    middle, the next one goes on. Those of a training that was killed before its first step stay, to be overwritten.
+    Raises SegkitError where nothing can be written.
     """
     folder = Path(output_dir)
     make_folder(folder)
     older = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
-    if older or is_half_moved(folder):
+    if not {path.name for path in older} <= PLAN_FILES or is_half_moved(folder):
         moving = _moving(folder)
         try:
             moving.mkdir(parents=True, exist_ok=True)

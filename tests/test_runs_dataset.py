@@ -31,7 +31,7 @@ def test_a_new_run_moves_the_older_ones_files_and_keeps_what_runs_share(tmp_path
         "3d_s0000_x.html", "checkpoint_epoch1.pth", "label_map.json", "predictions"
     ]  # fmt: skip
     for _ in range(2):
-        (tmp_path / "label_map.json").write_text("second")
+        (tmp_path / "checkpoint_epoch1.pth").write_text("second")
         runs.start_run(tmp_path)
     assert len(list((tmp_path / "runs").iterdir())) == 3
     runs.start_run(tmp_path)
@@ -187,3 +187,14 @@ def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
 def test_two_stamps_in_one_second_differ():
     first, second = runs.time_stamp(), runs.time_stamp()
     assert first < second and len(first) == len(second) == len("20261123_184105")
+
+
+def test_a_training_that_never_began_is_no_older_run(tmp_path):
+    for name in ("label_map.json", "split.json", "settings.json"):
+        (tmp_path / name).write_text("{}")
+    runs.start_run(tmp_path)
+    assert not (tmp_path / "runs").exists() and (tmp_path / "split.json").exists()
+    (tmp_path / "last_state.pth").write_text("")
+    runs.start_run(tmp_path)
+    [archive] = (tmp_path / "runs").iterdir()
+    assert len(list(archive.iterdir())) == 4 and list(tmp_path.iterdir()) == [tmp_path / "runs"]
