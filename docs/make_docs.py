@@ -39,7 +39,7 @@ WEBGL = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader
 
 
 def make_docs(outputs: Path, docs: Path) -> list[Path]:
-    """Write pages and pictures from a run's folder; pictures of an older `make docs` go. Returns what was written."""
+    """Write pages and pictures from a run's folder; pictures of an older run's notebooks go. Returns what it wrote."""
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
     made = [shrink(newest(outputs, pattern).read_bytes(), images / f"{name}.png") for name, pattern in FIGURES.items()]
@@ -49,9 +49,9 @@ def make_docs(outputs: Path, docs: Path) -> list[Path]:
         pictures = Pictures(name, executed, images)
         page = without_places(render(name, executed, pictures), outputs)
         (docs / f"{name}.md").write_text(page, encoding="utf-8")
+        for older in set(images.glob(f"{name}_*.png")) - set(pictures.made):
+            older.unlink()
         made += [*pictures.made, docs / f"{name}.md"]
-    for older in set(images.glob("*.png")) - set(made):
-        older.unlink()
     return made
 
 

@@ -117,7 +117,8 @@ def test_make_docs_renders_a_run_with_its_pictures_and_without_places(on_phantom
     if CHROMIUM is None:
         pytest.skip("no chromium: no picture of the 3D page")
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "of_an_older_run.png").touch()
+    (tmp_path / "images" / "train_unet_99_9.png").touch()  # of an older run
+    (tmp_path / "images" / "benchmarks.png").touch()  # another command's
     script = [sys.executable, ROOT / "docs" / "make_docs.py", "--outputs", on_phantoms[0], "--docs", tmp_path]
     made = subprocess.run(script, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
@@ -135,6 +136,7 @@ def test_make_docs_renders_a_run_with_its_pictures_and_without_places(on_phantom
         assert all(f"## {number}. " in page for number in range(1, 12))
         tables = BeautifulSoup(page, "html.parser").find_all("table")
         assert len(tables) >= 3 and max(len(table.find("tbody").find_all("tr")) for table in tables) == 12
+    (tmp_path / "images" / "benchmarks.png").unlink()  # was left alone
     assert {path.name for path in (tmp_path / "images").iterdir()} == linked
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "images").iterdir()}
     assert all(300 < width <= 1400 for width, _ in sizes.values()) and sizes["3d.png"] == (1200, 800)
