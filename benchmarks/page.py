@@ -9,10 +9,15 @@ from benchmarks.tables import Row, Table
 HEAD = """# Side by side with what people use instead
 
 {quick}Made by `{command}` on {date}; one table by `python -m benchmarks{flag} --only NAME`. All sides of a table did
-the same work in turns in one run, each in a process of its own, with {threads} threads; seconds are medians of the
+their work in turns in one run, each in a process of its own, with {threads} threads; seconds are medians of the
 rounds after one that warmed up (of one round where it takes minutes). *Times segkit*: above 1 segkit is faster, below 1
 the other one. *Peak MB*: the most resident memory of the whole process with those that it started. *Floor*: what
 physics asks for, or the best that anything could reach.
+
+Each side computes in the precision that it takes by itself, and learns with its own loss. On a CPU that is fast in
+bfloat16 segkit takes that, the others float32 (nnU-Net's loss: Dice and cross-entropy at several resolutions). Data are
+made of the real torso, a CT of TotalSegmentator's examples with 61 of its structures, where `SEGKIT_REAL_DATA` names
+the folder that holds it, else of phantoms: each table says so.
 
 ![how many times as long as segkit each takes](images/benchmarks.png)
 """
@@ -109,7 +114,8 @@ def machine_section(machine: Mapping) -> str:
         ["processor", f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],
         ["device", machine["device"]],
         ["system", machine["system"]],
-        ["at most", f"{rates['matrix_gflops']:,} GFLOP/s of matrices, {rates['memory_gb_s']} GB/s copied in memory, "
+        ["at most", f"(best of five tries) {rates['matrix_gflops']:,} GFLOP/s of matrices, "
+                    f"{rates['memory_gb_s']} GB/s copied in memory, "
                     f"{rates['gunzip_mb_s']:,} MB/s unpacked by isal"],
         ["segkit", f"commit {commit}; {listed(machine['versions'])}"],
         ["peers", listed(machine["peers"]) or "no environment of their own; what is installed with segkit"],

@@ -49,7 +49,8 @@ def measure(bench: Bench, size: tuple[int, int]) -> Table:
         words = f"{flops / 1e9:.0f} GFLOP at the {rate / 1e9:.0f} GFLOP/s of matrices in {ours.found['dtype']}"
         rows.append(floor_row("the convolutions' arithmetic", flops / rate, rows, words))
         share = flops / ours.median / rate
-        notes.append(f"segkit: {BATCH / ours.median:.1f} slices a second, {share:.0%} of the rate of matrices.")
+        speed = f"{BATCH / ours.median:.1f} slices a second, {share:.0%} of the rate of matrices in the same minutes"
+        notes.append(f"segkit: {speed}.")
     what = (
         f"Batch {BATCH} of {size[0]} x {size[1]}, {STRUCTURES} structures, channels 32-64-128-256-512 on every side, "
         "on a batch that is ready in memory."

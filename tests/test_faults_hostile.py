@@ -250,7 +250,7 @@ def bombs(folder: Path):
 
 def test_claims_and_bombs(tmp_path, fault):
     row = fault(
-        "small files that claim or unpack to much: dimensions, extensions, brackets, nesting, digits, entities",
+        "small files that claim or hold too much: dimensions, extensions, brackets, nesting, digits, entities",
         "refused by name in 64 MiB",
     )
     for what, path, read in bombs(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -144,6 +146,21 @@ def test_make_docs_renders_a_run_with_its_pictures_and_without_places(on_phantom
     # the slice browser as it stood, the 3D page with its meshes
     colors = {name: len(Image.open(tmp_path / "images" / name).convert("RGB").getcolors(1 << 20)) for name in linked}
     assert colors["3d.png"] > 100 and min(colors.values()) > 16
+
+
+def test_rare_colours_survive_in_the_pictures_of_make_docs(make_docs, tmp_path):
+    """A CT has all greys, and more pixels than the few that show an organ or an error."""
+    rows = np.random.default_rng(0).integers(0, 256, (300, 400, 1), np.uint8).repeat(3, 2)
+    rows[::2] //= np.array([1, 2, 3], np.uint8)  # tinted, so that greys alone do not fill the palette
+    colors = np.array([(0, 158, 115), (213, 94, 0), (86, 180, 233), (240, 228, 66), (255, 0, 255), (0, 255, 0)])
+    for n, color in enumerate(colors):
+        rows[10 + 20 * n : 14 + 20 * n, 10:40] = color
+    image = io.BytesIO()
+    Image.fromarray(rows).save(image, "PNG")
+    shown = np.asarray(Image.open(make_docs.shrink(image.getvalue(), tmp_path / "a.png")).convert("RGB"))
+    assert np.abs(shown.astype(int) - rows).max() <= 40
+    for n, color in enumerate(colors):
+        assert np.abs(shown[11 + 20 * n, 20].astype(int) - color).max() <= 24
 
 
 def test_make_docs_takes_no_run_of_older_notebooks(on_phantoms, make_docs, tmp_path):

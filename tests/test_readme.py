@@ -84,8 +84,6 @@ def test_commands_run_as_they_stand(desk, phantom_dir):
         "jupyter": "test_jupyterlab.py", "python -m segkit demo": "test_interactive_demo.py",
     }  # fmt: skip
     left = [words for words in commands() if not ({words[0], shlex.join(words)} & set(elsewhere))]
-    # the model that a scan is given to is made by the command that shares one, which stands below it
-    left.sort(key=lambda words: "dicom_folder" in words)
     said = {shlex.join(words): run(words, desk, phantom_dir) for words in left}
     assert len(said) == len(left) >= 9
     outputs = desk / "outputs"
@@ -149,9 +147,21 @@ def test_settings_and_their_defaults_are_those_of_the_notebook():
         assert [defaults[name] for name in names] == stated, names
 
 
-def test_python_in_readme_is_python():
+def test_python_in_readme_runs_on_a_local_cluster(phantom_dir, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="needs the extra 'dask'")
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    compile(block, "README.md", "exec")  # tests/test_cluster.py runs these calls on a local cluster
+    train = [sys.executable, "-m", "segkit", "train", phantom_dir, "--output-dir", tmp_path / "run", *SMALL["train"]]
+    subprocess.run(train, cwd=ROOT, check=True, capture_output=True)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as local:
+        places = {"scheduler:8786": local.scheduler_address, "/shared/": f"{tmp_path}/"}
+        for place, here in places.items():
+            assert place in block
+            block = block.replace(place, here)
+        names = {}
+        exec(block, names)
+        names["client"].close()
+    scores = names["evaluated"].scores
+    assert set(scores["subject"]) == {part.subject for part in names["data"].split.test} and len(scores) >= 117
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
