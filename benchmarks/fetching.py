@@ -30,7 +30,7 @@ def measure(bench: Bench) -> Table:
         Side("segkit: the same, as batches of 8 through the loader", "benchmarks.fetching:loader",
              {**store, "items": 2000}),
         Side("nibabel: `dataobj[..., k]` of each .nii.gz", "benchmarks.fetching:nibabel",
-             {"folder": str(bench.subject_dir), "items": 1}, "peer"),
+             {"folder": str(bench.subject_dir), "items": 5}, "peer"),
         Side("memory-mapped .npy of HU and codes", "benchmarks.fetching:mapped",
              {"folder": str(plain), "items": 2000}, "floor"),
     ]  # fmt: skip

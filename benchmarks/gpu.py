@@ -38,7 +38,7 @@ def main() -> None:
     described = bench.store.once("machine", lambda: machine.describe(bench.threads, bench.device, bench.peers))
     tables, failed = measure_all(bench, works(bench))
     for table in tables:
-        table.rows = [with_rates(table, row, described["rates"]["matrix_gflops"] * 1e9) for row in table.rows]
+        table.rows = [with_rates(table, row) for row in table.rows]
     run = {"date": f"{date.today():%Y-%m-%d}", "command": "python -m benchmarks.gpu", "quick": chosen.small}
     text = "\n".join(
         [f"{run['command']}, {run['date']}\n", *map(page.section, tables), page.machine_section(described)]
@@ -56,15 +56,15 @@ def works(bench: Bench) -> list[Work]:
     return [*steps, *scans]
 
 
-def with_rates(table: Table, row: Row, most: float) -> Row:
+def with_rates(table: Table, row: Row) -> Row:
     """A row with slices a second; its share of the roofline is that of the floor, the arithmetic at the most."""
     if not row.seconds or row.kind == "floor":
         return row
     slices = training_step.BATCH if table.name.startswith("step") else int(table.name.rsplit("_", 1)[1])
     words = [f"{slices / row.seconds:.1f} slices/s"]
     floor = next((other.seconds for other in table.rows if other.kind == "floor" and other.seconds), None)
-    if floor and row.kind == "segkit":
-        words.append(f"{floor / row.seconds:.0%} of the roofline ({most / 1e12:.1f} TFLOP/s of matrices)")
+    if floor and row.kind == "segkit" and "ensemble" not in row.side:  # which computes it once a network
+        words.append(f"{floor / row.seconds:.0%} of the roofline")
     return replace(row, notes="; ".join([*words, *filter(None, [row.notes])]))
 
 

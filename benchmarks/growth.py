@@ -47,7 +47,9 @@ def measure(bench: Bench) -> Table:
         grid = projection(full, max(0.0, slope))
         notes.append(
             "The projection takes what one subject of full size cost in the tables above on this machine, with one "
-            "worker, times the subjects; its memory is the peak of that subject and what a subject more added here."
+            "worker, times the subjects: files are in memory, the disk takes no part; a prediction is a command of its "
+            "own, with its start, and grows with the slices. Memory is the peak of that subject and what a subject "
+            "more added here."
         )
     what = (
         "Phantoms of half the demo's detail, of four that are copied: staged; an epoch of all their slices at 32 x 48 "

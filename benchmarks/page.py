@@ -8,11 +8,12 @@ from benchmarks.tables import Row, Table
 
 HEAD = """# Side by side with what people use instead
 
-{quick}Made by `{command}` on {date}; one table by `python -m benchmarks{flag} --only NAME`. All sides of a table did
-their work in turns in one run, each in a process of its own, with {threads} threads; seconds are medians of the
-rounds after one that warmed up (of one round where it takes minutes). *Times segkit*: above 1 segkit is faster, below 1
-the other one. *Peak MB*: the most resident memory of the whole process with those that it started. *Floor*: what
-physics asks for, or the best that anything could reach.
+{quick}Made by `{command}` on {date}; one table by `python -m benchmarks{flag} --only NAME`. The sides of a table did
+their work in turns, each in a process of its own, with {threads} threads; seconds are medians of the rounds after one
+that warmed up, of one or two rounds where they take long; whole commands and trainings are not warmed up. *Times
+segkit*: above 1 segkit is faster, below 1 the other one. *Peak MB*: the most resident memory of the process, or of a
+command with those that it started. *Floor*: what physics asks for, or the best that anything could reach. A training of
+a given time takes a number of steps that the time of its first ones suggests; *seconds* says how long it took.
 
 Each side computes in the precision that it takes by itself, and learns with its own loss. On a CPU that is fast in
 bfloat16 segkit takes that, the others float32 (nnU-Net's loss: Dice and cross-entropy at several resolutions). Data are
@@ -49,18 +50,20 @@ def summary(tables: Sequence[Table]) -> str:
 
 
 def where_others_win(table: Table) -> list[str]:
-    """A sentence for each peer that beats the segkit row that it is beside."""
-    ours = next((row for row in table.rows if row.kind == "segkit"), None)
+    """A sentence for each peer that beats a row of segkit: the first one in time and memory, any in score."""
+    all_ours = [row for row in table.rows if row.kind == "segkit"]
+    ours = all_ours[0] if all_ours else None
     said = []
     for row in table.rows:
         if ours is None or row.kind != "peer":
             continue
         if row.times is not None and row.times < 1:
             said.append(f"{row.side} takes {row.times:.2f} times as long as segkit")
-        if row.peak_mb and ours.peak_mb and row.peak_mb < ours.peak_mb and row.score is None:
+        if row.peak_mb and ours.peak_mb and row.peak_mb < ours.peak_mb:
             said.append(f"{row.side} needs {row.peak_mb:,} MB, segkit {ours.peak_mb:,}")
-        if row.score is not None and ours.score is not None and row.score > ours.score:
-            said.append(f"{row.side} reaches {row.score:.3f}, segkit {ours.score:.3f}")
+        if row.score is not None:
+            worse = [other for other in all_ours if other.score is not None and row.score > other.score]
+            said += [f"{row.side} reaches {row.score:.3f}, {other.side} {other.score:.3f}" for other in worse]
     return said
 
 

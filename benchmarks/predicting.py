@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
 
 NETWORK_SHAPE = (256, 256)
+NNUNET = "nnU-Net: `nnUNetv2_predict`"
 
 
 def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
@@ -40,7 +41,7 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         arguments = prepared.predict_arguments(out / "images", out / "nnunet")
         parameters = {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
                       "command": arguments, "environment": prepared.environment}  # fmt: skip
-        sides.append(Side("nnU-Net: `nnUNetv2_predict`", "benchmarks.predicting:nnunet", parameters, "peer", 1, True))
+        sides.append(Side(NNUNET, "benchmarks.predicting:nnunet", parameters, "peer", 1, True))
     else:
         notes.append("nnU-Net is left out: there is no environment of the peers.")
     parameters = {**common, "out": str(out / "monai"), "spacing_mm": spacing_mm(bench)}
@@ -68,7 +69,11 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
 
 
 def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
-    """Sides whose memory at a smaller scan says that they cannot end here: with as many voxels more, as much more."""
+    """The sides whose memory at a smaller scan says that they cannot end here.
+
+    That is nnU-Net, which brings all channels back to the scan's grid: with as many voxels more, as much more. What the
+    others hold grows with the slices alone; they try.
+    """
     import psutil  # not in the peers' environment, which imports this file too
 
     smaller = bench.sizes.scans[0]
@@ -82,7 +87,7 @@ def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
     return {
         row["side"]: Taken(problem=words.format(row["peak_mb"] / 1024, times))
         for row in kept["rows"]
-        if row["kind"] == "peer" and row["peak_mb"] and row["peak_mb"] * times > 1.5 * most
+        if row["side"] == NNUNET and row["peak_mb"] and row["peak_mb"] * times > 1.5 * most
     }
 
 

@@ -33,9 +33,9 @@ def measure(bench: Bench) -> Table:
         Side("surface-distance: HD95, surface Dice", "benchmarks.scoring:deepmind", parameters, "peer"),
         Side("TotalSegmentator's evaluation: Dice, surface Dice", "benchmarks.scoring:totalsegmentator", parameters,
              "peer"),
-        Side("MONAI: HD95, surface Dice", "benchmarks.scoring:monai_two", parameters, "peer", rounds=1, cold=True),
+        Side("MONAI: HD95, surface Dice", "benchmarks.scoring:monai_two", parameters, "peer", rounds=1),
         Side("MONAI: Dice, IoU, HD95, ASSD, surface Dice", "benchmarks.scoring:monai_five", parameters, "peer",
-             rounds=1, cold=True),
+             rounds=1),
     ]  # fmt: skip
     taken = bench.turns(sides)
     ours = taken[sides[0].name].found

@@ -21,8 +21,8 @@ def measure(bench: Bench) -> Table:
         Side("segkit: read, checked, coded, stored", "benchmarks.staging:segkit",
              {**folder, "scratch": str(bench.scratch / "staging")}),
         Side("nibabel: `get_fdata() > 0` of each file, nothing kept", "benchmarks.staging:get_fdata", folder, "peer"),
-        Side("MONAI: `LoadImaged`, masks stacked", "benchmarks.staging:monai", folder, "peer", rounds=1, cold=True),
-        Side("decompression alone (isal)", "benchmarks.staging:gunzip", folder, "floor"),
+        Side("MONAI: `LoadImaged`, masks stacked", "benchmarks.staging:monai", folder, "peer", rounds=1),
+        Side("decompression of each different file alone (isal)", "benchmarks.staging:gunzip", folder, "floor"),
     ]  # fmt: skip
     taken = bench.turns(sides)
     found = taken[sides[0].name].found
@@ -31,8 +31,9 @@ def measure(bench: Bench) -> Table:
         "times its compressed CT alone."
     ]
     what = (
-        f"One subject of {bench.scan_name(bench.sizes.subject)} voxels with {found['masks']} masks, made of "
-        f"{bench.data_name}, {OVERLAPS} pairs of masks overlapping. All files were read before: the disk takes no part."
+        f"One subject of {bench.scan_name(bench.sizes.subject)} voxels with {found['masks']} masks, of which "
+        f"{found['held']} hold something, made of {bench.data_name}, {OVERLAPS} pairs of masks overlapping. All files "
+        "were read before: the disk takes no part."
     )
     return Table("staging", "Stage one subject", what, rows_of(sides, taken), notes)
 
@@ -47,8 +48,8 @@ def segkit(folder: str, scratch: str) -> Callable[[], dict]:
         shutil.rmtree(scratch, ignore_errors=True)
         staged = stage_subject(subject, Path(scratch))
         size = sum(path.stat().st_size for path in staged.folder.iterdir())
-        masks = len(staged.structures)
-        return {"store_mb": size / 1e6, "ct_mb": staged.info["ct_bytes"] / 1e6, "masks": masks}
+        masks, held = len(staged.structures), sum(voxels > 0 for voxels in staged.voxels.values())
+        return {"store_mb": size / 1e6, "ct_mb": staged.info["ct_bytes"] / 1e6, "masks": masks, "held": held}
 
     return work
 
@@ -86,8 +87,13 @@ def gunzip(folder: str) -> Callable[[], None]:
     from isal import igzip
 
     def work() -> None:
+        unpacked = set()
         for path in files_of(folder):
-            igzip.decompress(path.read_bytes())
+            content = path.read_bytes()
+            packed = content[10:]  # behind the header, which may hold a time: masks without a voxel are the same
+            if packed not in unpacked:
+                igzip.decompress(content)
+                unpacked.add(packed)
 
     return work
 

@@ -48,13 +48,18 @@ def _end_with(parent: int) -> None:
 
 
 def peak_mb() -> int | None:
-    """Highest resident memory of this process since its program started, MiB; None where Linux does not tell it."""
+    """Highest resident memory of this process since its program started, or of one that it waited for, MiB.
+
+    None where Linux does not tell it.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
     [line] = [line for line in lines if line.startswith("VmHWM")]
-    return int(line.split()[1]) // 1024
+    import resource  # not on Windows, which has no /proc either
+
+    return max(int(line.split()[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) // 1024
 
 
 def device_mb() -> int | None:

@@ -146,7 +146,8 @@ def test_a_table_is_rendered_with_who_was_better():
     assert lines[12:15] == ["| head | x |", "|---|---|", "| row | 1 |"] and "- A note." in lines
     assert page.where_others_win(example()) == [
         "quick one takes 0.50 times as long as segkit",
-        "quick one reaches 0.750, segkit 0.600",
+        "quick one needs 100 MB, segkit 1,234",
+        "quick one reaches 0.750, ours 0.600",
     ]
 
 
