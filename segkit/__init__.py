@@ -54,9 +54,9 @@ Training
     weights_file.py    weights and JSON in one safetensors file, for others
     checkpoints.py     save and load, safely
     training_state.py  what an interrupted training goes on from
+    memory.py          batches that are too large for the memory
     validation.py      scores during training, and the threshold
     schedule.py        the learning rate of each step, and when training ends early
-    memory.py          batches that are too large for the memory
     interrupts.py      the stop button, held back until a step is whole
     steps.py           one step of training, in parts and over ranks
     trainer.py         epochs of slices with validation, and how far they have come

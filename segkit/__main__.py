@@ -236,6 +236,8 @@ def compare(
     if names and len(names) != len(tables):
         raise SegkitError(f"{len(names)} names for {len(tables)} tables: expected one each")
     names = names or tuple(f"{path.resolve().parent.name}/{path.stem[-15:]}" for path in tables)
+    if len(set(names)) < len(names):
+        raise SegkitError(f"two tables are called the same ({', '.join(names)}): give each a name of its own, --names")
     loaded = {name: load_scores(path) for name, path in zip(names, tables, strict=True)}
     files = report.write_comparison(comparison.compare(loaded, measure), names[0], measure, output_dir)
     print(*files, sep="\n")

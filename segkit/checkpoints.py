@@ -221,6 +221,15 @@ def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = N
     return [load_checkpoint(path, label_map) for path in paths]
 
 
+def load_only_checkpoint(source: str | Path) -> Checkpoint:
+    """What INIT_CHECKPOINT names: as of `load_checkpoints`, but of one network. SegkitError where there are more."""
+    first, *others = load_checkpoints(source)
+    if others:
+        files = ", ".join(str(one.path) for one in (first, *others))
+        raise SegkitError(f"INIT_CHECKPOINT {source}: holds {len(others) + 1} networks; name one of them: {files}")
+    return first
+
+
 def _trainings(run: Path) -> list[Path]:
     """The folders of a run's trainings: `run` itself, or of an ensemble the members that have scored an epoch."""
     members = member_folders(run)

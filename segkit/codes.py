@@ -98,6 +98,12 @@ class CodeVolume:
         """The same codebook over other codes, of any shape: a slice, a crop, another orientation."""
         return CodeVolume(codes, self.codebook, self.structures)
 
+    def within(self, slices: Sequence[int]) -> CodeVolume:
+        """The volume with background outside of `slices` of the first axis: what is left stays at its place."""
+        codes, rows = np.zeros_like(self.codes), list(slices)
+        codes[rows] = self.codes[rows]
+        return self.with_codes(codes)
+
     def _column(self, structure: str) -> int:
         try:
             return self.structures.index(structure)

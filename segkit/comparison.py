@@ -23,8 +23,9 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
     second (means of the first and of this model), difference (second less first), low, high (bootstrap 95 % over
     subjects, both models on the same draws), n (subjects; of all structures: structures). What counts are cases that
     the reference holds and that both models have a value for; others are left out with a warning that says how many.
-    Raises SegkitError for fewer than two tables, for another measure, for tables without a common case, or of different
-    references.
+    Of a measure with a sign its size is compared: an error of -5 ml is as large as one of 5.
+    Raises SegkitError for fewer than two tables, for another measure, for tables without a common case, of different
+    references, or of surface Dice at different tolerances.
     """
     if len(tables) < 2:
         raise SegkitError(f"expected two or more tables of scores to compare, found {len(tables)}")
@@ -37,10 +38,13 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
 
 def _differences(first_name: str, first: pd.DataFrame, name: str, second: pd.DataFrame, measure: str) -> pd.DataFrame:
     cases = _common_cases(first_name, first, name, second)
-    before, after = (
-        values_of(cases.assign(**{measure: cases[f"{measure}_{place}"]}), measure, cases["present"]) for place in (1, 2)
-    )
+    if measure == "nsd":
+        _refuse_other_tolerance(first_name, name, cases)
+    measured = (cases[f"{measure}_{place}"] for place in (1, 2))
+    measured = (values.abs() if MEASURES[measure].signed else values for values in measured)
+    before, after = (values_of(cases.assign(**{measure: values}), measure, cases["present"]) for values in measured)
     both = before.notna() & after.notna()
+    _warn_of_left_out({first_name: before, name: after}, measure, int(cases["present"].sum()), int(both.sum().sum()))
     before, after = before.where(both), after.where(both)
     difference = (after - before).to_numpy()
     every = np.ones((1, len(before)))
@@ -75,3 +79,25 @@ def _common_cases(first_name: str, first: pd.DataFrame, name: str, second: pd.Da
     if left_out:
         warnings.warn(f"{left_out} cases that only one of {first_name} and {name} has are left out", stacklevel=4)
     return common.assign(present=common["present_1"])
+
+
+def _refuse_other_tolerance(first_name: str, name: str, cases: pd.DataFrame) -> None:
+    """Raise SegkitError where the two tables have surface Dice at different tolerances."""
+    one, other = cases["nsd_tolerance_mm_1"], cases["nsd_tolerance_mm_2"]
+    if (one != other).any():
+        case = cases[one != other].iloc[0]
+        raise SegkitError(
+            f"surface Dice of {first_name} is at {case['nsd_tolerance_mm_1']:g} mm, of {name} at "
+            f"{case['nsd_tolerance_mm_2']:g} mm: evaluate both with the same TOLERANCE_MM"
+        )
+
+
+def _warn_of_left_out(values: Mapping[str, pd.DataFrame], measure: str, held: int, compared: int) -> None:
+    """Say of how many cases that the reference holds a model has no value, as of a distance to what it missed."""
+    if compared < held:
+        lacking = [f"{held - int(table.notna().sum().sum())} of {name}" for name, table in values.items()]
+        warnings.warn(
+            f"{held - compared} of {held} cases have no {measure} and are left out ({', '.join(lacking)}): what a "
+            "model missed has none, and counts in dice",
+            stacklevel=4,
+        )

@@ -14,7 +14,7 @@ from segkit.errors import Finding, SegkitError, SubjectError
 from segkit.labels import group_of, load_label_map, make_label_map
 from segkit.locks import alone
 from segkit.phantom import write_phantoms
-from segkit.runs import discard, left_behind, make_folder, write_whole_folder
+from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
 from segkit.splits import SPLITS, Part, Split, make_split
 from segkit.staging import StagedSubject, stage, structures_in
 from segkit.subjects import find_subjects, select_subjects
@@ -52,7 +52,8 @@ class Data:
         training slices.
 
         Columns: channel, group, and for train, val and test `<split>_annotated` (subjects with a mask, empty or not)
-        and `<split>_present` (subjects that hold it in the split's slices); train_slices.
+        and `<split>_present` (subjects that hold it in the split's slices); train_slices. Counted are staged subjects:
+        of `open_run` those of the test.
         """
         table = pd.DataFrame({"channel": self.label_map, "group": {name: group_of(name) for name in self.label_map}})
         for split in SPLITS:
@@ -67,9 +68,10 @@ class Data:
         """Of each subject of a split that annotates a structure, the number of the split's slices that hold it."""
         counts = []
         for part in getattr(self.split, split):
-            runs = self.staged[part.subject].info["slices"].get(structure)
-            if runs is not None:
-                inside = np.zeros(self.staged[part.subject].shape[0], bool)
+            subject = self.staged.get(part.subject)
+            runs = None if subject is None else subject.info["slices"].get(structure)
+            if subject is not None and runs is not None:
+                inside = np.zeros(subject.shape[0], bool)
                 for start, stop in runs:
                     inside[start:stop] = True
                 counts.append(int(inside[part.slices(len(inside))].sum()))
@@ -100,7 +102,8 @@ def phantoms_in(
     if folder.is_dir():
         return folder
     taken = f"{folder.parent}: another process makes these phantoms, waiting until it is done"
-    with alone(make_folder(folder.parent) / f".{folder.name}.lock", taken, wait=True):
+    make_folder(folder.parent)
+    with alone(lock_of(folder), taken, wait=True):
         for path, name in left_behind(folder.parent):
             if name == folder.name:
                 discard(path)
@@ -130,12 +133,15 @@ def open_data(
 
     max_subjects, exclude, structures: as MAX_SUBJECTS, EXCLUDE and STRUCTURES of the notebook limit what is used.
     jobs: as in `staging.stage`. Raises SegkitError where the folder, a setting or every subject is unusable; single
-    unusable subjects are named in `Data.problems`, or raised as SubjectError with `strict`.
+    unusable subjects are named in `Data.problems`, or raised as SubjectError with `strict`, unless they are excluded.
     """
-    subjects, problems = find_subjects(data_dir)
-    if strict and problems:
-        raise SubjectError(problems[0])
-    chosen = select_subjects(subjects, exclude, max_subjects, seed)
+    subjects, found = find_subjects(data_dir)
+    problems = [problem for problem in found if problem.subject not in exclude]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if strict and errors:
+        raise SubjectError(errors[0])
+    unusable = {problem.subject for problem in found} - {subject.name for subject in subjects}
+    chosen = select_subjects(subjects, [name for name in exclude if name not in unusable], max_subjects, seed)
     staged, left_out = stage(chosen, stage_dir, jobs, progress, strict)
     by_name = {subject.name: subject for subject in staged}
     given = {subject.name: subject.split for subject in chosen if subject.split}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from segkit.checkpoints import load_only_checkpoint
 from segkit.dataset import Data
 from segkit.errors import SegkitError
 from segkit.ranks import Ranks, join_ranks
@@ -75,12 +76,12 @@ def _watching(watch: Watch | None, folder: Path) -> Callable[[History], object] 
 
 def _start(data: Data, settings: TrainSettings, output_dir: Path) -> None:
     """Make the folder of an ensemble. What stops every member stops it here, before an older run moves away."""
-    first = settings.init_checkpoint and Path(settings.init_checkpoint).resolve()
-    moving = [output_dir.resolve(), *(folder.resolve() for folder in member_folders(output_dir))]
-    if first and first.parent in moving:
-        raise SegkitError(
-            f"INIT_CHECKPOINT {first}: the files of {output_dir} move to its runs/ when an ensemble starts there: "
-            "choose another OUTPUT_DIR"
-        )
+    if settings.init_checkpoint:
+        first = load_only_checkpoint(settings.init_checkpoint).path.resolve()
+        if first.parent in [folder.resolve() for folder in (output_dir, *member_folders(output_dir))]:
+            raise SegkitError(
+                f"INIT_CHECKPOINT {first}: the files of {output_dir} move to its runs/ when an ensemble starts there: "
+                "choose another OUTPUT_DIR"
+            )
     begin_folder(output_dir, data)
     write_json(output_dir / "settings.json", asdict(settings))

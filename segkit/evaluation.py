@@ -54,14 +54,19 @@ def score_subject(
     prediction: CodeVolume,
     spacing_mm: Sequence[float],
     scoring: Scoring = SCORING,
+    slices: Sequence[int] | None = None,
 ) -> Evaluation:
     """One subject's rows, a structure each: those that the reference annotates and the prediction looks for.
 
-    Codes (z, y, x) with `spacing_mm` in the same order. Columns as in COLUMNS: counts in voxels, volumes in ml,
+    Codes (z, y, x) with `spacing_mm` in the same order. Only what lies in `slices` (all by default) is scored; that a
+    structure goes on beyond them is seen by distances. Columns as in COLUMNS: counts in voxels, volumes in ml,
     distances in mm, the rest of the measures as in `metrics.MEASURES`; `present` whether the reference holds it;
     `detection` as in `metrics.detection` at `found_at_dice`, `detected` whether it was found.
     Raises SubjectError if the two have no structure in common.
     """
+    whole = reference, prediction
+    if slices is not None:
+        reference, prediction = (volume.within(slices) for volume in whole)
     pairs = metrics.code_pairs(reference, prediction)
     if not pairs.structures:
         raise SubjectError(
@@ -71,7 +76,7 @@ def score_subject(
     counts = pairs.counts()
     tp, fp, fn = (counts[name].to_numpy() for name in ("tp", "fp", "fn"))
     voxel_ml = math.prod(spacing_mm) / 1000
-    table = counts.join(surface.surface_scores(reference, prediction, spacing_mm, scoring.tolerance_mm, scoring.jobs))
+    table = counts.join(surface.surface_scores(*whole, spacing_mm, scoring.tolerance_mm, scoring.jobs, slices))
     table = table.rename_axis("structure").reset_index()
     table["subject"], table["split"] = subject, split
     table["group"] = [group_of(name) for name in table["structure"]]
@@ -180,21 +185,12 @@ def _score_part(
     predict: Callable[[StagedSubject], CodeVolume], subject: StagedSubject, part: Part, split: str, scoring: Scoring
 ) -> Evaluation | str:
     """The rows of one subject, or why there are none."""
-    volumes = [subject.labels(), predict(subject)]
-    if part.slabs is not None:
-        volumes = [_within(volume, part.slices(subject.shape[0])) for volume in volumes]
-    reference, prediction = volumes
+    reference, prediction = subject.labels(), predict(subject)
+    slices = None if part.slabs is None else part.slices(subject.shape[0])
     try:
-        return score_subject(subject.name, split, reference, prediction, subject.spacing_mm, scoring)
+        return score_subject(subject.name, split, reference, prediction, subject.spacing_mm, scoring, slices)
     except SubjectError as error:
         return str(error)
-
-
-def _within(volume: CodeVolume, slices: Sequence[int]) -> CodeVolume:
-    """The volume with background outside of `slices`, so that what is left stays at its place in mm."""
-    codes = np.zeros_like(volume.codes)
-    codes[slices] = volume.codes[slices]
-    return volume.with_codes(codes)
 
 
 def load_scores(path: str | Path) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from segkit.codes import CodeVolume
 from segkit.devices import autocast, pick_device
 from segkit.errors import SegkitError
 from segkit.labels import mirrored_channels
+from segkit.memory import in_parts
 from segkit.networks import on_device, precision
 from segkit.segmenting import Collector, WayBack, entropy_bits, mean_of
 from segkit.slabs import SlabDataset, window_starts, window_weights, windows
@@ -137,9 +139,10 @@ class Predictor:
     ) -> Segmentation:
         """All that the networks say of a scan: anything with the properties and methods of StagedSubject.
 
-        mirror: the mean of what they say of each slice and of its mirror image, see `_run`; twice the time. largest:
-        of each structure its largest piece alone, see `segkit.cleaning`. uncertainty: keep how unsure they are. A slice
-        is done before the next: memory grows with the voxels of the scan, not with them times the structures.
+        mirror: the mean of what they say of each slice and of its mirror image, see `_compute`; twice the time.
+        largest: of each structure its largest piece alone, see `segkit.cleaning`. uncertainty: keep how unsure they
+        are. A slice is done before the next: memory grows with the voxels of the scan, not with them times the
+        structures.
         """
         collector = Collector(self.structures, scan.shape, best=True)
         unsure = np.zeros(scan.shape, np.float16) if uncertainty else None
@@ -173,7 +176,7 @@ class Predictor:
         )  # fmt: skip
         place = 0
         for step in steps:
-            way = WayBack(step[0][1], step[0][0].shape[2:])
+            way = WayBack(step[0][1], step[0][0][0].shape[1:])
             for members in zip(*(logits for logits, _ in step), strict=True):
                 unsure = entropy_bits(mean_of(members, torch.sigmoid_)) if uncertainty else None
                 yield place, members[0] if len(members) == 1 else mean_of(members), unsure, way
@@ -181,8 +184,10 @@ class Predictor:
 
     def _logits(
         self, model: nn.Module, subject: StagedSubject, slices: Sequence[int], mirror: bool = False
-    ) -> Iterator[tuple[torch.Tensor, SliceBatch]]:
-        """Logits (B, C, H, W) of `slices`, `batch_size` at a time in their order, and the batch that has their size."""
+    ) -> Iterator[tuple[list[torch.Tensor], SliceBatch]]:
+        """Logits (C, H, W) of each of `slices`, `batch_size` at a time in their order, and the batch that has their
+        size.
+        """
         parts = [Part(subject.name, tuple((z, z + 1) for z in slices))]
         depth = getattr(model, "depth", 1)
         if depth > 1:
@@ -190,20 +195,24 @@ class Predictor:
             yield from self._blend(model, slabs, slices, mirror)
             return
         data = SliceDataset({subject.name: subject}, parts, self.label_map, getattr(model, "in_channels", 1) // 2)
+        count = 1  # of parts of a batch, more once memory ran out
         for batch in batches(data, range(len(data)), self.batch_size):
-            yield self._run(model, batch, mirror, data), batch
+            logits, count = self._run(model, batch, mirror, data, count)
+            yield logits, batch
 
     def _blend(
         self, model: nn.Module, data: SlabDataset, slices: Sequence[int], mirror: bool
-    ) -> Iterator[tuple[torch.Tensor, SliceBatch]]:
+    ) -> Iterator[tuple[list[torch.Tensor], SliceBatch]]:
         """As `_logits`, from overlapping windows; what is held at a time are the slices of about two windows."""
         total, depth = len(next(iter(data.in_part.values()))), data.depth
         weights = dict(zip(window_starts(total, depth), window_weights(total, depth).tolist(), strict=True))
         starts = [start for start, _ in data.reach]
         left = [slices[i : i + self.batch_size] for i in range(0, len(slices), self.batch_size)][::-1]
         sums: dict[int, torch.Tensor] = {}
+        count = 1
         for batch in batches(data, range(len(data)), max(1, self.batch_size // depth)):
-            for number, logits in zip(batch.numbers.tolist(), self._run(model, batch, mirror, data), strict=True):
+            of_batch, count = self._run(model, batch, mirror, data, count)
+            for number, logits in zip(batch.numbers.tolist(), of_batch, strict=True):
                 start = starts[number]
                 for z in range(start, min(start + depth, total)):
                     if data.in_part[data.where[number][0]][z]:
@@ -212,25 +221,29 @@ class Predictor:
             following = batch.numbers[-1].item() + 1
             done = starts[following] if following < len(starts) else total
             while left and left[-1][-1] < done:
-                yield torch.stack([sums.pop(z) for z in left.pop()]), batch
+                yield [sums.pop(z) for z in left.pop()], batch
 
-    def _run(self, model: nn.Module, batch: SliceBatch, mirror: bool, data: SliceDataset) -> torch.Tensor:
-        """As `_compute` in the precision of the network, or in float32 where that overflows.
+    def _run(
+        self, model: nn.Module, batch: SliceBatch, mirror: bool, data: SliceDataset, parts: int
+    ) -> tuple[list[torch.Tensor], int]:
+        """The items that `_compute` gives in the precision of the network, or in float32 where that overflows; and in
+        how many parts: more than `parts` where memory asks for it.
 
-        SegkitError that names the slices of `data` where the logits are NaN or infinite all the same: no structure
-        exceeds its threshold by NaN, and the scan would seem empty.
+        SegkitError that names the slices of `data` where the logits are
+        NaN or infinite all the same: no structure exceeds its threshold by NaN, and the scan would seem empty.
         """
         for dtype in dict.fromkeys((precision(model, self.device), torch.float32)):
-            logits = self._compute(model, batch, mirror, dtype)
-            if logits.sum(dtype=torch.float32).isfinite():  # in one pass: neither where any is not
-                return logits
+            computed, parts = in_parts(partial(self._compute, model, mirror, dtype), batch, parts)
+            # in one pass: neither where any is not
+            if all(logits.sum(dtype=torch.float32).isfinite() for logits in computed):
+                return [logits for part in computed for logits in part], parts
         raise SegkitError(
             f"the network's output is not finite at the slices {data.named(batch.numbers.tolist())}; take another "
             "checkpoint, of an earlier epoch or of a training with a lower LEARNING_RATE"
         )
 
     @torch.no_grad()
-    def _compute(self, model: nn.Module, batch: SliceBatch, mirror: bool, dtype: torch.dtype) -> torch.Tensor:
+    def _compute(self, model: nn.Module, mirror: bool, dtype: torch.dtype, batch: SliceBatch) -> torch.Tensor:
         """Logits on the network's grid, (B, C, H, W), of slabs (B, C, D, H, W), convolutions in `dtype`.
 
         With `mirror` the mean of these and of those of the mirrored image, turned back, with the channels of left and

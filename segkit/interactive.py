@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import ipywidgets as widgets
 import numpy as np
@@ -73,7 +74,11 @@ class LiveProgress:
 
 def show_page(page: Path, height: int = 700) -> IFrame:
     """An HTML page inside the notebook, loaded from its file: the notebook stays small."""
-    return IFrame(Path(os.path.relpath(page)).as_posix(), width="100%", height=height)
+    try:
+        address = quote(Path(os.path.relpath(page)).as_posix())
+    except ValueError:  # on Windows from one drive to another
+        address = Path(page).resolve().as_uri()
+    return IFrame(address, width="100%", height=height)
 
 
 PLANES: Mapping[str, tuple[int, str]] = {"axial": (0, "RLAP"), "coronal": (1, "RLHF"), "sagittal": (2, "APHF")}

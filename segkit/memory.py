@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 from torch import nn
 
 from segkit.errors import SegkitError
+from segkit.slices import SliceBatch
 
+Result = TypeVar("Result")
 CGROUPS = Path("/sys/fs/cgroup")
 USABLE = 0.9
 """Share of the free memory that a step may take."""
 STEP_TO_SAVED = 1.5
 """Peak of a step over what autograd keeps between forward and backward: gradients on their way and the workspace of
 convolutions come on top. Measured for the U-Net on a CPU: 0.9 to 1.1 in bfloat16, 1.4 to 1.7 in float32."""
+OUT_OF_MEMORY = ("CUDA error: out of memory", "MPS backend out of memory", "_STATUS_ALLOC_FAILED")
+"""How the driver, Apple's GPUs, cuBLAS and cuDNN say that memory ran out, in errors of no kind of their own."""
+NO_ENGINE = "unable to find an engine"
+"""What cuDNN says where no way to compute a convolution works, mostly for want of memory: pytorch issue 108645."""
 
 
 def free_bytes(cgroups: Path = CGROUPS) -> int:
@@ -72,17 +79,31 @@ def halve_until_it_fits(attempt: Callable[[int], object], slices: int, parts: in
             attempt(parts)
             return parts
         except RuntimeError as error:
-            # of CUDA an error of its own, of Apple's GPUs one of many
-            if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+            last, no_engine = parts >= slices, NO_ENGINE in str(error)
+            if not (no_engine or _is_out_of_memory(error)) or (last and no_engine):  # then it was not for memory
                 raise
-            if parts >= slices:
+            if last:
                 raise SegkitError(
                     f"a single slice does not fit into the memory of the device ({str(error).splitlines()[0]}): "
-                    "lower TARGET_SHAPE or FEATURES"
+                    "lower TARGET_SHAPE or FEATURES, or take DEVICE = 'cpu'"
                 ) from error
         parts = min(2 * parts, slices)  # after the except block, which holds on to what the attempt made
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def in_parts(compute: Callable[[SliceBatch], Result], batch: SliceBatch, parts: int = 1) -> tuple[list[Result], int]:
+    """`compute` of each of the parts of a batch, and how many those are: more than `parts` where memory asks for it."""
+    results: list[Result] = []
+
+    def attempt(number: int) -> None:
+        results[:] = [compute(part) for part in batch.parts(min(number, len(batch)))]
+
+    return results, halve_until_it_fits(attempt, len(batch), parts)
 
 
 def probe(model: nn.Module, learn: Callable[[nn.Module, int], None], slices: int, parts: int) -> int:

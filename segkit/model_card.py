@@ -171,11 +171,11 @@ def _settings(one: Checkpoint) -> str:
     return f"```json\n{json.dumps(shown, indent=1)}\n```"
 
 
-def score_section(path: Path, summary: Mapping, trained_on: object) -> str:
+def score_section(path: Path, summary: Mapping) -> str:
     """The scores in an `evaluation_summary_<stamp>.json`, read from `path`, as Markdown.
 
-    trained_on: the fingerprint of the training data; of scores on other data it is said that they are. Raises
-    SegkitError that names the file where it is no summary.
+    Of scores on another data set it is said that they are. Raises SegkitError that names the file where it is no
+    summary.
     """
     try:
         for part in (summary["prediction"], summary["reference_through_target_shape"]):
@@ -187,7 +187,7 @@ def score_section(path: Path, summary: Mapping, trained_on: object) -> str:
         rows = [_row(row) for row in summary["means"]["segkit"] if _is_shown(row)]
         found, tolerance = float(summary["found_at_dice"]), float(summary["nsd_tolerance_mm"])
         threshold = None if summary["threshold"] is None else float(summary["threshold"])
-        same_data = summary["data"] == trained_on
+        own_data = bool(summary.get("own_data", True))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SegkitError(f"{path}: no summary of an evaluation ({error!r}); evaluate again") from error
     return "\n".join(
@@ -195,7 +195,7 @@ def score_section(path: Path, summary: Mapping, trained_on: object) -> str:
             f"On the scans' own grids: {said}",
             "",
             f"Means on the {summary['split']} split, with bootstrap 95 % intervals over subjects; found means a Dice "
-            f"of {found:g} or more, surface Dice is at {tolerance:g} mm.{_circumstances(threshold, same_data)}",
+            f"of {found:g} or more, surface Dice is at {tolerance:g} mm.{_circumstances(threshold, own_data)}",
             "",
             "| score | over | mean | 95 % interval | structures | cases |",
             "|---|---|---|---|---|---|",
@@ -204,9 +204,9 @@ def score_section(path: Path, summary: Mapping, trained_on: object) -> str:
     )
 
 
-def _circumstances(threshold: float | None, same_data: bool) -> str:
+def _circumstances(threshold: float | None, own_data: bool) -> str:
     """What a reader would otherwise take for granted about scores."""
-    said = "" if same_data else " The scans are of other data than the fingerprint above."
+    said = "" if own_data else " The scans are of another data set than the fingerprint above."
     return said + ("" if threshold is None else f" All structures at a probability of {threshold:g}, not their own.")
 
 

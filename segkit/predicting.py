@@ -18,7 +18,7 @@ from segkit.formats.nifti_writing import file_planes, write_nifti
 from segkit.inference import Predictor, Segmentation
 from segkit.locks import alone
 from segkit.pictures import plot_slices, spread_slices
-from segkit.runs import discard, left_behind, make_folder, write_whole_folder
+from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
 from segkit.scans import Scan, ScanSource, read_scan
 from segkit.settings import Segmenting
 from segkit.splits import Part
@@ -106,7 +106,7 @@ def _predict_each(
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """Keep other processes from the same scan; those that segment others may write beside it."""
-    lock = _lock_of(folder)
+    lock = lock_of(folder)
     taken = f"{folder}: another process is segmenting this scan; wait until it ends, or choose another folder"
     with alone(lock, taken):
         try:
@@ -116,17 +116,19 @@ def _claimed(folder: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left behind; where one still runs, its scan is locked."""
     left = [(path, folder / name) for path, name in left_behind(folder) if path.is_dir()]
-    left += [(lock, folder / lock.name[1:-5]) for lock in folder.glob(".*.lock")]
     for path, scan in left:
         with suppress(SegkitError, OSError), _claimed(scan):
             discard(path)
+    for lock in folder.glob(".*.lock"):
+        with suppress(SegkitError, OSError):
+            if (
+                lock.is_file() and not lock.is_symlink() and not lock.stat().st_size
+            ):  # another program's holds something
+                with _claimed(folder / lock.name[1:-5]):
+                    pass  # it goes with the claim
 
 
 def _predict(

@@ -100,7 +100,8 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
         Line2D([], [], ls="none", label=f"{label}: {counts[kind]}", **look) for kind, (label, look) in looks.items()
     ]
     _legend(figure, handles, per_row=3 if len(panels) > 1 else 1)
-    what = f"{MEASURES[measure].title}, {second} less {first}"
+    title = MEASURES[measure].title
+    what = f"{f'size of {title}' if MEASURES[measure].signed else title}, {second} less {first}"
     title = f"Difference of {what}: {counted(len(ranked), 'structure')} (in brackets: subjects; line: interval)"
     every = [
         f"all structures: {row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})" for row in overall.itertuples()

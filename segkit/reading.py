@@ -18,22 +18,50 @@ SCALED_RANGE = 16
 """CT values spread over less than this many HU were scaled to a unit range or are no scan."""
 AIR_IN_A_CT_HU = -200
 """The CT of a patient holds voxels below: air around or inside, or lungs."""
+SHEARED_SHARE = 0.5
+"""Of the smallest voxel side: so far may a voxel lie from where it would lie on perpendicular axes."""
 
 
 def read_ct(subject: Subject, findings: Findings) -> tuple[np.ndarray, Grid] | None:
     """HU (i, j, k) as int16 on the file's axes, and its grid; None where the CT cannot be used.
 
-    Values are rounded, and clipped where the file holds more than int16 can. Reported are: an unreadable file, NaN, one
-    value everywhere, values that were scaled to a unit range (errors); HU beyond HU_PLAUSIBLE, and no HU below
-    AIR_IN_A_CT_HU (warnings).
+    Values are rounded, and clipped where the file holds more than int16 can. Reported are: an unreadable file, axes
+    that are not perpendicular, NaN, one value everywhere, values that were scaled to a unit range (errors); a header
+    without orientation, HU beyond HU_PLAUSIBLE, and no HU below AIR_IN_A_CT_HU (warnings).
     """
     try:
-        volume, grid = read_volume(subject.ct, subject.name)
+        volume, grid = read_volume(subject.ct, subject.name, findings)
     except SubjectError as error:
         findings.add("error", "unreadable", error)
         return None
+    if not is_perpendicular(grid, subject.ct, findings):
+        return None
     hu = as_hu(volume, subject.ct, findings)
     return None if hu is None else (hu, grid)
+
+
+def is_perpendicular(grid: Grid, path: Path, findings: Findings, why: str = "its axes are not perpendicular") -> bool:
+    """Whether the axes of a grid are perpendicular, up to SHEARED_SHARE; else an error, which says `why`.
+
+    Slices of a tilted gantry lie beside each other: as a box of voxels they are deformed, and mm and ml are wrong.
+    """
+    lengths = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(grid.affine[:3, :3] / lengths)
+    straight = grid.affine.copy()
+    straight[:3, :3] = left @ right * lengths  # the nearest perpendicular axes, as long
+    apart, tolerance = grid.distance_mm(Grid(grid.shape, straight)), SHEARED_SHARE * lengths.min()
+    if apart <= tolerance:
+        return True
+    cosines = abs(grid.affine[:3, :3].T @ grid.affine[:3, :3] / np.outer(lengths, lengths))
+    angle = np.rad2deg(np.arcsin(min(1.0, np.triu(cosines, 1).max())))
+    findings.add(
+        "error", "sheared grid",
+        f"{path}: {why}, by {angle:.1f} degrees, so that voxels lie up to {apart:.1f} mm beside a regular grid (at "
+        f"most {tolerance:.2f}); resample it, for example with 3D Slicer's 'Resample Image' or dcm2niix, and take "
+        "that file",
+        value=angle,
+    )  # fmt: skip
+    return False
 
 
 def as_hu(volume: np.ndarray, path: Path, findings: Findings, scaled: str = "error") -> np.ndarray | None:

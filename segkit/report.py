@@ -64,12 +64,14 @@ class Report:
         """`evaluation_summary_<stamp>.json`: the headline, the same for the reference through TARGET_SHAPE, all means.
 
         `means`: of each protocol of `summaries.aggregate` its rows; None where there is no value. threshold: what the
-        predictor was told, None for the checkpoints' own. `data`: the fingerprint of what was scored.
+        predictor was told, None for the checkpoints' own. `data`: the fingerprint of what was scored; `own_data`:
+        whether that is of the data set that the model was trained on.
         """
         scores = self.evaluated.scores
         self.outcome = {
             "split": self.split,
             "data": data_fingerprint(self.data),
+            "own_data": bool(self.data.split.train),  # `open_run` knows no training part in another data set
             "checkpoints": [str(path) for path in checkpoints],
             "threshold": threshold,
             "found_at_dice": float(scores["found_at_dice"].iloc[0]),

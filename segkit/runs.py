@@ -238,12 +238,20 @@ def left_behind(folder: Path) -> Iterator[tuple[Path, str]]:
 def sweep(folder: Path, lock: Path | None = None) -> None:
     """Remove what killed processes left behind, in a folder that no other process writes into.
 
-    lock: of those that may write into it all the same: while one of them holds it, all is left as it is.
+    lock: of those that may write into it all the same: while one of them holds it, all is left as it is. What will have
+    a name with a lock of its own, as phantoms do, is left to who holds that.
     """
     with suppress(SegkitError), nullcontext() if lock is None else alone(lock, f"{folder}: in use"):
-        for path, _ in left_behind(folder):
-            with suppress(OSError):  # what cannot be removed harms nobody
+        for path, name in left_behind(folder):
+            own = lock_of(folder / name)
+            held = alone(own, f"{path}: in use") if own.is_file() else nullcontext()
+            with suppress(SegkitError, OSError), held:  # what is in use, or cannot be removed, harms nobody
                 discard(path)
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of who makes `path` alone among others that write beside it."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def write_csv(path: str | Path, table: pd.DataFrame, **options: object) -> Path:

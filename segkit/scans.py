@@ -5,7 +5,7 @@ A Scan has the face of a staged subject, so that what predicts one predicts the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from segkit.formats.dicom import Series, find_series, is_dicom
 from segkit.formats.dicom_stack import read_stack
 from segkit.formats.nifti import Grid
 from segkit.labels import safe_name
-from segkit.reading import as_hu, plausible, refuse
+from segkit.reading import as_hu, is_perpendicular, plausible, refuse
 
 ENDINGS = (*nifti.ENDINGS, *nrrd.ENDINGS)
 
@@ -27,9 +27,6 @@ ACCEPTED = (
     "expected a .nii.gz, .nii or .nrrd file, a folder of such files, a folder of subjects (s0000/ct.nii.gz) or a "
     "folder of DICOM files"
 )
-
-SHEARED_SHARE = 0.5
-"""Of the smallest voxel side: so far may a voxel lie from where it would lie on perpendicular axes."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,8 @@ def read_scan(source: ScanSource, findings: Findings) -> Scan:
     refuse(findings)
     assert read is not None  # else there was an error among the findings
     hu, grid, files = read
-    _check_perpendicular(source, grid, findings)
+    tilted = "the gantry was tilted" if source.series else "its axes are not perpendicular"
+    is_perpendicular(grid, source.path, findings, tilted)
     refuse(findings)
     return Scan(source.name, hu, grid, files)
 
@@ -220,35 +218,14 @@ def _read_series(
 
 
 def _read_file(source: ScanSource, findings: Findings) -> tuple[np.ndarray, Grid, tuple[Path, ...]] | None:
-    path, nifti_file = source.path, not source.path.name.endswith(nrrd.ENDINGS)
-    read: Callable = nifti.read_volume if nifti_file else nrrd.read_volume
+    path, subject = source.path, findings.subject
     try:
-        volume, grid = read(path, findings.subject)
-        if nifti_file and not nifti.says_where_it_lies(path, findings.subject):
-            text = "its header says nothing of orientation (sform_code and qform_code are 0): left and right, front "
-            text += "and back are guessed; compare the result with the scan"
-            findings.add("warning", "no orientation", f"{path}: {text}")
+        if path.name.endswith(nrrd.ENDINGS):
+            volume, grid = nrrd.read_volume(path, subject)
+        else:
+            volume, grid = nifti.read_volume(path, subject, findings)
     except SubjectError as error:
         findings.add("error", "unreadable", error)
         return None
     hu = as_hu(volume, path, findings, "warning")
     return None if hu is None else (grid.to_canonical(hu), grid, (path,))
-
-
-def _check_perpendicular(source: ScanSource, grid: Grid, findings: Findings) -> None:
-    lengths = np.linalg.norm(grid.affine[:3, :3], axis=0)
-    left, _, right = np.linalg.svd(grid.affine[:3, :3] / lengths)
-    straight = grid.affine.copy()
-    straight[:3, :3] = left @ right * lengths  # the nearest perpendicular axes, as long
-    apart, tolerance = grid.distance_mm(Grid(grid.shape, straight)), SHEARED_SHARE * lengths.min()
-    if apart > tolerance:
-        cosines = abs(grid.affine[:3, :3].T @ grid.affine[:3, :3] / np.outer(lengths, lengths))
-        angle = np.rad2deg(np.arcsin(min(1.0, np.triu(cosines, 1).max())))
-        tilted = "the gantry was tilted" if source.series else "its axes are not perpendicular"
-        findings.add(
-            "error", "sheared grid",
-            f"{source.path}: {tilted}, by {angle:.1f} degrees, so that voxels lie up to {apart:.1f} mm beside a regular"
-            f" grid (at most {tolerance:.2f}); resample it, for example with 3D Slicer's 'Resample Image' or dcm2niix, "
-            "and give that file",
-            value=angle,
-        )  # fmt: skip

@@ -218,10 +218,15 @@ def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]
 
 def changed(settings: TrainSettings, stored: dict) -> list[str]:
     """The names of the settings in which these differ from stored ones (`dataclasses.asdict`, through JSON or not)."""
-    # a setting that was not there yet did what its default does
-    return [
-        f.name for f in fields(settings) if _plain(getattr(settings, f.name)) != _plain(stored.get(f.name, f.default))
-    ]
+    differing = []
+    for name, default in ((f.name, _plain(getattr(TrainSettings(), f.name))) for f in fields(settings)):
+        # a setting, or an entry of AUGMENTATION, that was not there yet did what its default does
+        before = _plain(stored.get(name, default))
+        if isinstance(default, dict) and isinstance(before, dict):
+            before = {**default, **before}
+        if _plain(getattr(settings, name)) != before:
+            differing.append(name)
+    return differing
 
 
 def _plain(value: object) -> object:

@@ -84,7 +84,7 @@ def _scores_of(run: Path, checkpoints: Sequence[Checkpoint]) -> str:
         stated: Any = summary.get("checkpoints") if isinstance(summary, dict) else None
         fits = isinstance(stated, list) and len(stated) == len(checkpoints) and path.stat().st_mtime >= trained
         if fits and all(_is_of(text, one.path, run) for text, one in zip(stated, checkpoints, strict=True)):
-            return score_section(path, summary, checkpoints[0].record.get("data"))
+            return score_section(path, summary)
     print(f"{run}: no evaluation of this model: its card will have no scores; python -m segkit evaluate makes one")
     return ""
 

@@ -39,8 +39,11 @@ class Split:
 
     @property
     def test_name(self) -> str:
-        """What scores of the test part are of: "val" where the validation subjects stand in for missing test ones."""
-        return "val" if self.test == self.val else "test"
+        """What scores of the test part are of: "val" where validation subjects stand in for missing test ones.
+
+        Also where `test` is only some of them: epoch and thresholds were chosen on each.
+        """
+        return "val" if self.test and set(self.test) <= set(self.val) else "test"
 
     def to_json(self) -> dict:
         """Plain types for `split.json`."""

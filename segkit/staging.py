@@ -30,7 +30,7 @@ from segkit.stores import StoredArray, checksums, is_whole, save_array, sealed
 from segkit.subjects import Subject
 from segkit.untrusted import read_json
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 _ARRAYS = {"ct": "i", "codes": "u"}  # the kind of numbers in each, as numpy names it
 MOST_OPEN = 64
 """Arrays that a process keeps open, each with a file: systems allow 256 to 1,024 files, a large data set has 2,456

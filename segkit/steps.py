@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from segkit import augment, losses, memory
-from segkit.checkpoints import load_checkpoint
+from segkit.checkpoints import load_only_checkpoint
 from segkit.choices import LOSSES
 from segkit.dataset import Data
 from segkit.devices import autocast
@@ -45,7 +45,7 @@ class Learner:
         if terms.helped:
             losses.start_bias(self.network.head, frequencies, weights)
         if fresh and settings.init_checkpoint is not None:
-            new = load_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
+            new = load_only_checkpoint(settings.init_checkpoint).start_network(self.network, self.label_map)
             if new and ranks.first:
                 print(f"{settings.init_checkpoint} lacks {len(new)} structures, which start anew: {', '.join(new[:8])}")
         model = losses.ModelWithLoss(self.network, weights.float(), terms)

@@ -92,13 +92,27 @@ def _layout(name: str, message: object) -> Finding:
 
 def _subject_folders(data_dir: Path) -> Iterator[tuple[str, Callable[[], Subject]]]:
     meta_split = read_meta_split(data_dir)
-    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        cts = [folder / f"ct{ending}" for ending in ENDINGS if (folder / f"ct{ending}").is_file()]
-        if cts or (folder / "segmentations").is_dir():
-            yield folder.name, partial(_open_folder, folder, cts, meta_split.get(folder.name))
+    for folder in sorted(path for path in data_dir.iterdir() if not path.name.startswith(".")):
+        if _may_be_subject(folder):
+            yield folder.name, partial(_open_folder, folder, meta_split.get(folder.name))
 
 
-def _open_folder(folder: Path, cts: Sequence[Path], split: str | None) -> Subject:
+def _may_be_subject(folder: Path) -> bool:
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except PermissionError:
+        return True  # opening it says why that is not known
+    except OSError:  # no folder
+        return False
+    return not names.isdisjoint(["segmentations", *(f"ct{ending}" for ending in ENDINGS)])
+
+
+def _cts(folder: Path) -> list[Path]:
+    return [folder / f"ct{ending}" for ending in ENDINGS if (folder / f"ct{ending}").is_file()]
+
+
+def _open_folder(folder: Path, split: str | None) -> Subject:
+    cts = _cts(folder)
     if len(cts) != 1:
         found = "ct.nii.gz is missing" if not cts else "ct.nii.gz and ct.nii are both there: keep one"
         raise SubjectError(f"subject {folder.name}: {folder}: {found}")

@@ -114,7 +114,10 @@ def _over_structures_strictly(values: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def _over_cases(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return structure_means(values.reshape(-1, 1), np.repeat(weights, values.shape[1], axis=1))[:, 0]
+    # cases of a subject are drawn together: its sum and its number say all of them, whatever the draw
+    sums, numbers = np.nansum(values, axis=1), np.count_nonzero(~np.isnan(values), axis=1)
+    number = weights @ numbers
+    return np.divide(weights @ sums, number, out=np.full(number.shape, np.nan), where=number > 0)
 
 
 def _over_subjects(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

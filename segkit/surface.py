@@ -41,6 +41,7 @@ def surface_scores(
     spacing_mm: Sequence[float],
     tolerance_mm: float = 3.0,
     jobs: int = 1,
+    slices: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """How far apart the surfaces are of each structure that the reference annotates and the prediction looks for.
 
@@ -58,6 +59,12 @@ def surface_scores(
 
     centroid_distance_mm: between both centres of mass.
 
+    Of a scan of which only some `slices` z are scored (all by default) the surfaces are those of the whole masks: where
+    a structure goes on beyond these slices there is none. Distances are taken from the surface voxels in these slices
+    to the surface anywhere, the area is that between two of them, centres are of what lies in them. A mask without a
+    voxel there is empty. What is asked of nothing, distances without a surface voxel or surface Dice without two slices
+    side by side that have a surface between them, is NaN.
+
     `jobs` structures are worked on at a time, in threads; the results are the same. Raises ValueError for shapes that
     differ, SegkitError for a spacing or tolerance that is not positive and finite.
     """
@@ -72,16 +79,25 @@ def surface_scores(
     # crops are cut out faster where the last axis lies together, which that of a volume from a NIfTI file does not
     volumes = [volume.with_codes(np.ascontiguousarray(volume.codes)) for volume in (reference, prediction)]
     boxes = [volume.boxes() for volume in volumes]
+    scored = np.ones(len(reference.codes), bool)
+    there = boxes
+    if slices is not None:
+        scored = np.isin(np.arange(len(scored)), slices)
+        there = [volume.within(slices).boxes() for volume in volumes]
     ruler = _Ruler.of(spacing, float(tolerance_mm))
 
     def scores(name: str) -> tuple[float, ...]:
-        own = [of_volume[name] for of_volume in boxes if name in of_volume]
-        if len(own) < 2:
-            return (0.0 if own else math.nan, *[math.nan] * 4)
+        held = sum(name in of_volume for of_volume in there)
+        if held < 2:
+            return (0.0 if held else math.nan, *[math.nan] * 4)
+        own = [of_volume[name] for of_volume in boxes]
         parts = [volume.with_codes(volume.codes[box]).mask(name) for volume, box in zip(volumes, own, strict=True)]
-        crops = _side_by_side(parts, own, ruler.margin)
+        crops, first = _side_by_side(parts, own, ruler.margin)
+        asked = None if slices is None else _Asked.of(scored, first[0], len(crops[0]))
+        if slices is not None:
+            parts = [part & scored[box[0], None, None] for part, box in zip(parts, own, strict=True)]
         centres = [_centre(part, box) for part, box in zip(parts, own, strict=True)]
-        return (_surface_dice(crops, ruler), *_surface_distances(crops, ruler), ruler.distance(*centres))
+        return (_surface_dice(crops, ruler, asked), *_surface_distances(crops, ruler, asked), ruler.distance(*centres))
 
     names = [name for name in reference.structures if name in prediction.structures]
     # threads, whatever the backend that somebody chose for work a subject at a time: nothing is copied
@@ -141,8 +157,33 @@ class _Ruler:
         return np.stack(np.unravel_index(points, shape), axis=1) * self.spacing
 
 
-def _side_by_side(parts: list[np.ndarray], boxes: list[tuple[slice, ...]], margin: np.ndarray) -> list[np.ndarray]:
-    """Masks cut out of one volume at `boxes`, each on a crop that holds both and `margin` empty voxels on all sides."""
+@dataclass(frozen=True)
+class _Asked:
+    """Which surfaces of a crop are scored: voxels by their slice, elements by the slice at which they begin.
+
+    Both bool (z, 1, 1). An element lies between two slices that are scored, or between one and the outside of the scan.
+    """
+
+    voxels: np.ndarray
+    elements: np.ndarray
+
+    @classmethod
+    def of(cls, scored: np.ndarray, first: int, length: int) -> _Asked:
+        """scored: of each slice of the scan; the crop has `length` of them from `first` on, which may be below 0."""
+        z = np.arange(first, first + length + 1)
+        outside = (z < 0) | (z >= len(scored))
+        inside = ~outside & scored[z.clip(0, len(scored) - 1)]
+        elements = (inside[:-1] | outside[:-1]) & (inside[1:] | outside[1:])
+        return cls(inside[:-1, None, None], elements[:, None, None])
+
+
+def _side_by_side(
+    parts: list[np.ndarray], boxes: list[tuple[slice, ...]], margin: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Masks cut out of one volume at `boxes`, each on a crop that holds both and `margin` empty voxels on all sides.
+
+    And where in the volume that crop begins.
+    """
     sides = list(zip(*boxes, strict=True))
     first = np.array([min(side.start for side in pair) for pair in sides]) - margin
     last = np.array([max(side.stop for side in pair) for pair in sides]) + margin
@@ -151,7 +192,7 @@ def _side_by_side(parts: list[np.ndarray], boxes: list[tuple[slice, ...]], margi
         crop = np.zeros(last - first, bool)
         crop[tuple(slice(side.start - f, side.stop - f) for side, f in zip(box, first, strict=True))] = part
         crops.append(crop)
-    return crops
+    return crops, first
 
 
 def _centre(part: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
@@ -161,10 +202,13 @@ def _centre(part: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
     return np.array([np.average(np.arange(s.start, s.stop), weights=w) for s, w in zip(box, along, strict=True)])
 
 
-def _surface_distances(crops: list[np.ndarray], ruler: _Ruler) -> tuple[float, float, float]:
+def _surface_distances(crops: list[np.ndarray], ruler: _Ruler, asked: _Asked | None) -> tuple[float, float, float]:
     """HD95, HD and ASSD in mm."""
     surfaces = [_surface_voxels(crop) for crop in crops]
-    both = [ruler.nearest(np.flatnonzero(own), other) for own, other in (surfaces, surfaces[::-1])]
+    points = [np.flatnonzero(own if asked is None else own & asked.voxels) for own in surfaces]
+    both = [ruler.nearest(own, other) for own, other in zip(points, surfaces[::-1], strict=True) if len(own)]
+    if not both:
+        return math.nan, math.nan, math.nan
     together = np.concatenate(both)
     return max(float(np.percentile(way, 95)) for way in both), float(together.max()), float(together.mean())
 
@@ -182,18 +226,18 @@ def _surface_voxels(crop: np.ndarray) -> np.ndarray:
     return surface.reshape(crop.shape)
 
 
-def _surface_dice(crops: list[np.ndarray], ruler: _Ruler) -> float:
+def _surface_dice(crops: list[np.ndarray], ruler: _Ruler, asked: _Asked | None) -> float:
     """Share of the area of both surfaces within the tolerance of the other one."""
     codes = [_neighbourhoods(crop) for crop in crops]
     surfaces = [(code != 0) & (code != 255) for code in codes]
     areas = _areas(ruler.spacing)
     all_area = far_area = 0.0
     for code, own, other in zip(codes, surfaces, surfaces[::-1], strict=True):
-        points = np.flatnonzero(own)
+        points = np.flatnonzero(own if asked is None else own & asked.elements)
         of_points = areas[code.ravel()[points]]
         all_area += of_points.sum()
         far_area += of_points[np.isinf(ruler.nearest(points, other, ruler.tolerance_mm))].sum()
-    return float(1 - far_area / all_area)
+    return float(1 - far_area / all_area) if all_area else math.nan
 
 
 def _neighbourhoods(crop: np.ndarray) -> np.ndarray:

@@ -84,6 +84,12 @@ class Trainer:
             raise SegkitError(f"{path}: damaged state of a training ({reason}); set RESUME = False") from error
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
+        started = state.settings.get("init_checkpoint")
+        asked = self.settings.init_checkpoint
+        if asked is not None and str(asked) != str(started) and self.ranks.first:
+            print(f"INIT_CHECKPOINT = {asked}: left out, this training goes on as it started (RESUME)")
+        # checkpoints and what is shared say what it started from
+        self.settings = replace(self.settings, init_checkpoint=None if started is None else str(started))
 
     def epoch(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
         """Train what is left of the running epoch, validate, and add its row to the history.

@@ -43,7 +43,7 @@ UNSCORED: Mapping = {
 class History(list[dict]):
     """One dict an epoch: epoch, steps, learning_rate, train_loss, the columns of `validation.as_row`, seconds.
 
-    interrupted: whether the training was stopped before its end. An epoch that was not finished has a row, too.
+    interrupted: whether somebody asked for a stop. An epoch that was not finished has a row, too.
     """
 
     def __init__(self, rows: Sequence[dict] = (), interrupted: bool = False):
@@ -126,6 +126,8 @@ def _train(
                     print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
                 if on_epoch is not None and ranks.first:
                     on_epoch(History(trainer.history))
+            # a stop may have been asked for when no step came any more that would have looked
+            stopped = bool(ranks.largest(int(interrupts.asked)))
         except KeyboardInterrupt:
             with Interrupts(always=True):  # what is kept is kept whole, however impatient somebody is
                 return files.keep_interrupted()
@@ -133,7 +135,7 @@ def _train(
         print(f"no better validation Dice for {settings.early_stopping} epochs: ended early")
     elif progress and len(trainer.history) == done_before:
         print(f"{output_dir}: {done_before} epochs are done, EPOCHS = {settings.epochs}: nothing to go on with")
-    return History(trainer.history)
+    return History(trainer.history, interrupted=stopped)
 
 
 def begin_folder(folder: Path, data: Data) -> None:
@@ -211,7 +213,9 @@ class _RunFiles:
         trainer, rows = self.trainer, self.trainer.history
         if trainer.seen:
             rows = [*rows, {**trainer.training_row(), **UNSCORED, "interrupted": True}]
-        if rows:  # the last epoch may have been stopped before it was written
+        # the last epoch may have been stopped before it was written; its weights go into no checkpoint once a step of
+        # the next one has begun to move them
+        if rows and (trainer.seen or trainer.whole):
             self.write_epoch(rows)
         if trainer.whole:  # else the older state stays: its weights are those of a whole step
             self.save_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from segkit.devices import autocast
 from segkit.errors import DivergedError
 from segkit.head import code_members
 from segkit.losses import ModelWithLoss
+from segkit.memory import in_parts
 from segkit.ranks import Ranks
-from segkit.slices import SliceDataset, Targets, batches
+from segkit.slices import SliceBatch, SliceDataset, Targets, batches
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -62,19 +64,15 @@ def validate(
     loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
     loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole)
+    parts = 1  # of a batch, more once memory ran out
     for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
-        images, targets = augment.to_network(batch.to(device), target_shape)
-        with autocast(device, dtype):
-            features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
-            logits = model.network.head(features).float()
-        targets, features, logits = targets.by_slice(features, logits)
-        size = int(losses.annotated_number(targets))
-        mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
-        loss += torch.tensor([float(mean) * size, size], dtype=torch.float64)
-        wrong[batch.numbers] = int(not mean.isfinite())
-        positions = batch.numbers.repeat_interleave(batch.counted.sum(1)).tolist()
-        for position, of_slice in zip(positions, count_slices(logits, targets), strict=True):
-            counts[:, subjects[data.where[order[position]][0]]] += of_slice
+        scored, parts = in_parts(partial(_score, model, target_shape, dtype), batch, parts)
+        for part, mean, size, of_slices in scored:
+            loss += torch.tensor([mean * size, size], dtype=torch.float64)
+            wrong[part.numbers] = int(not np.isfinite(mean))
+            positions = part.numbers.repeat_interleave(part.counted.sum(1)).tolist()
+            for position, of_slice in zip(positions, of_slices, strict=True):
+                counts[:, subjects[data.where[order[position]][0]]] += of_slice
     table, (loss, number) = ranks.sum(counts).cpu().numpy(), ranks.sum(loss).tolist()
     unusable = ranks.sum(wrong).nonzero().flatten().tolist()
     if unusable:
@@ -87,6 +85,20 @@ def validate(
         thresholds,
         tuple(dice_of(table[best]).tolist()),
     )
+
+
+def _score(
+    model: ModelWithLoss, target_shape: tuple[int, int], dtype: torch.dtype, batch: SliceBatch
+) -> tuple[SliceBatch, float, int, torch.Tensor]:
+    """A batch, its mean loss over so many annotated (sample, channel, pixel), and the counts of its slices."""
+    device = next(model.parameters()).device
+    images, targets = augment.to_network(batch.to(device), target_shape)
+    with autocast(device, dtype):
+        features = model.network.decode(images.contiguous(memory_format=torch.channels_last))
+        logits = model.network.head(features).float()
+    targets, features, logits = targets.by_slice(features, logits)
+    mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
+    return batch, float(mean), int(losses.annotated_number(targets)), count_slices(logits, targets)
 
 
 def choose_thresholds(counts: np.ndarray) -> tuple[int, tuple[float, ...]]:

@@ -53,6 +53,7 @@ def test_the_verbs_one_after_the_other(tmp_path):
     assert "model.safetensors" in out and "README.md" in out
     card = (tmp_path / "shared" / "README.md").read_text()
     assert f"macro Dice {summary['prediction']['macro_dice']:.3f}" in card and str(tmp_path) not in card
+    assert "another data set" not in card
     [table] = outputs.glob("evaluation_results_*.csv")
     scored = {row["structure"]: row for row in csv.DictReader(table.open())}
     subject = next(iter(scored.values()))["subject"]
@@ -72,6 +73,7 @@ def test_the_verbs_one_after_the_other(tmp_path):
     rows = list(csv.DictReader(compared.open()))
     assert rows[0]["structure"] == "all structures" and {float(row["difference"]) for row in rows} == {0.0}
     assert "1 names for 2 tables" in segkit("compare", table, table, "--names", "one", cwd=tmp_path, ok=False)
+    assert "two tables are called the same" in segkit("compare", table, table, cwd=tmp_path, ok=False)
 
 
 def test_a_damaged_subject_is_audited_skipped_or_stops_a_strict_run(phantom_dir, tmp_path):

@@ -64,3 +64,35 @@ def test_what_cannot_be_compared_is_said():
     with pytest.warns(UserWarning, match="1 cases that only one of a and b has"):
         table = compare({"a": first, "b": first.iloc[:1]})
     assert table["n"].tolist() == [1, 1]
+
+
+def with_columns(table: pd.DataFrame, **columns) -> pd.DataFrame:
+    return table.assign(**columns)
+
+
+def test_of_errors_with_a_sign_the_smaller_one_is_better():
+    """By hand: 5 ml too little and 5 too much on average, against 10 too little: 5 ml more wrong, not less."""
+    first = with_columns(table_of({"liver": [0.5, 0.5]}), volume_error_ml=[-5.0, 5.0])
+    second = with_columns(table_of({"liver": [0.5, 0.5]}), volume_error_ml=[-10.0, -10.0])
+    row = compare({"a": first, "b": second}, "volume_error_ml").iloc[0]
+    assert row[["first", "second", "difference", "low", "high"]].tolist() == [5, 10, 5, 5, 5]
+
+
+def test_surface_dice_at_different_tolerances_is_not_compared():
+    tables = {
+        name: with_columns(table_of({"liver": [0.5, 0.5]}), nsd=[0.5, 0.6], nsd_tolerance_mm=tolerance)
+        for name, tolerance in (("a", 3.0), ("b", 1.0))
+    }
+    with pytest.raises(SegkitError, match=r"surface Dice of a is at 3 mm, of b at 1 mm: evaluate both"):
+        compare(tables, "nsd")
+    assert compare(tables)["difference"].tolist() == [0, 0]  # that of others does not depend on it
+    tables["b"] = with_columns(tables["b"], nsd_tolerance_mm=3.0)
+    assert compare(tables, "nsd")["difference"].tolist() == [0, 0]
+
+
+def test_missed_structures_have_no_distance_and_that_is_said():
+    first = with_columns(table_of({"liver": [0.5, 0.5, 0.0]}), hd95_mm=[3.0, 4.0, np.nan])
+    second = with_columns(table_of({"liver": [0.5, 0.0, 0.0]}), hd95_mm=[2.0, np.nan, np.nan])
+    with pytest.warns(UserWarning, match=r"2 of 3 cases have no hd95_mm and are left out \(1 of a, 2 of b\)"):
+        row = compare({"a": first, "b": second}, "hd95_mm").iloc[0]
+    assert row["difference"] == -1

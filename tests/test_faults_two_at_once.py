@@ -293,7 +293,7 @@ def test_predicting_other_scans_beside(tmp_path, fault):
     out = tmp_path / "out"
     draft = out / f".{os.getpid() + 1}.b"
     draft.mkdir(parents=True)
-    with alone(predicting._lock_of(out / "b"), "taken"):
+    with alone(predicting.lock_of(out / "b"), "taken"):
         predict_all(str(tmp_path / "in"), str(out))
         assert draft.is_dir()  # not swept: its process lives
     predict_all(str(tmp_path / "in"), str(out))

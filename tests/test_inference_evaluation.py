@@ -182,9 +182,8 @@ def test_slabs_keep_their_places_so_that_distances_stay_true():
     """Two slabs with a gap: what is missed beyond the gap is as far away as it is."""
     reference, prediction = np.zeros((2, 9, 4, 4))
     reference[[0, 8], 1:3, 1:3] = prediction[0, 1:3, 1:3] = 1
-    inside = [0, 1, 7, 8]
-    volumes = [evaluation._within(encode([("liver", mask)], mask.shape), inside) for mask in (reference, prediction)]
-    row = score_subject("s0", "val", *volumes, SPACING).scores.iloc[0]
+    volumes = [encode([("liver", mask)], mask.shape) for mask in (reference, prediction)]
+    row = score_subject("s0", "val", *volumes, SPACING, slices=[0, 1, 7, 8]).scores.iloc[0]
     assert row.hd_mm == 8 * 5.0 and row.reference_voxels == 8
 
 

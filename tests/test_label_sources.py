@@ -140,6 +140,15 @@ def test_nnunet_problems_are_named(tmp_path, labels):
         (root / "dataset.json").write_text(json.dumps(content))
 
 
+def test_scans_to_be_segmented_are_no_subjects(tmp_path, labels):
+    """imagesTs without labelsTs, as most nnU-Net data sets come."""
+    root = nnunet_folder(tmp_path / "Dataset001", labels, {"background": 0, "a": 1, "b": 2})
+    shutil.rmtree(root / "labelsTs", ignore_errors=True)
+    assert list((root / "imagesTs").iterdir())
+    subjects, problems = find_subjects(root)
+    assert [subject.split for subject in subjects] == [None] * len(subjects) and problems == []
+
+
 def test_uncompressed_files_are_the_same_as_compressed_ones(tmp_path):
     masks = {name: np.random.default_rng(n).random((5, 6, 7)) < 0.2 for n, name in enumerate(("aorta", "liver"))}
     write_subject(tmp_path / "packed" / "s0000", masks, affine=AFFINE)

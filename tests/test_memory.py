@@ -4,16 +4,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit import losses, memory, training
-from segkit.checkpoints import load_checkpoint
+from segkit.checkpoints import load_checkpoint, load_checkpoints
 from segkit.errors import SegkitError
+from segkit.inference import Predictor
 from segkit.settings import TrainSettings
 from segkit.training_state import load_state
+from segkit.unet import UNet2D
 
 SETTINGS = TrainSettings(
     epochs=1, batch_size=8, target_shape=(32, 32), features=(4, 8), slices_per_epoch=20, validation_slices=4,
@@ -168,3 +171,65 @@ def test_float16_scales_its_gradients(phantom_data, tmp_path, monkeypatch):
     assert state.learner["scaler"]["scale"] >= 1 and state.learner["scaler"]["_growth_tracker"] >= 1
     history = training.train(phantom_data, replace(SETTINGS, epochs=2), tmp_path, progress=False, resume=True)
     assert [row["steps"] for row in history] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_memory_that_runs_out_has_many_words(text):
+    def attempt(parts):
+        if parts < 3:
+            raise RuntimeError(text)
+
+    assert memory.halve_until_it_fits(attempt, 8, 1) == 4
+    # SegkitError is no RuntimeError; what cudnn says of engines may have another reason
+    engine = "engine" in text
+    with pytest.raises(
+        *((RuntimeError,) if engine else (SegkitError,)), match=text[:8] if engine else "a single slice"
+    ):
+        memory.halve_until_it_fits(attempt, 2, 1)
+
+
+def test_an_error_of_another_kind_is_not_tried_again():
+    tried = []
+
+    def attempt(parts):
+        tried.append(parts)
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        memory.halve_until_it_fits(attempt, 8, 1)
+    assert tried == [1]
+
+
+def test_validation_and_prediction_go_on_with_parts_of_a_batch(phantom_data, tmp_path, monkeypatch):
+    """Where dense logits of three slices are too many: the same scores and codes as with room for all."""
+    trained = tmp_path / "run"
+    [row] = training.train(phantom_data, replace(SETTINGS, validation_slices=20), trained, progress=False)
+    predictor = Predictor.of(load_checkpoints(trained), device="cpu")
+    subject = next(iter(phantom_data.staged.values()))
+    whole = predictor.predict(subject).codes
+    tried, original = [], UNet2D.decode
+
+    def small_device(self, images):
+        if not torch.is_grad_enabled():
+            tried.append(len(images))
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, images)
+
+    monkeypatch.setattr(UNet2D, "decode", small_device)
+    assert np.array_equal(predictor.predict(subject).codes, whole)
+    assert tried[:4] == [8, 4, 2, 2] and max(tried[3:]) == 2  # tried once, not for every batch
+    tried.clear()
+    [again] = training.train(phantom_data, replace(SETTINGS, validation_slices=20), tmp_path / "small", progress=False)
+    assert tried and max(tried[3:]) <= 2
+    for name in ("val_dice", "val_threshold", "val_dice_of"):
+        assert again[name] == row[name]
+    assert again["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)

@@ -66,7 +66,7 @@ MISTAKES = {
     "evaluate --data-dir nowhere": "nowhere: no such folder",
     "compare": "expected two or more tables",
     "compare no.csv other.csv": "no.csv: expected a table of scores",
-    "compare afile afile": "expected the columns of evaluation_results_<stamp>.csv",
+    "compare afile afile --names one two": "expected the columns of evaluation_results_<stamp>.csv",
     "predict nothing.nii.gz": "no such file or folder; expected a .nii.gz",
     "predict afile": "neither NIfTI nor NRRD",
     "predict empty": "holds no scan",

@@ -144,3 +144,16 @@ def test_the_torso_as_dicom_and_as_nifti_gives_the_same_masks(torso_dir, predict
     [made] = [file for file in outcome.files if file.suffix == ".dcm"]
     read = highdicom.seg.segread(made)
     assert read.get_volume(combine_segments=True).array.sum() == found["series"].sum()
+
+
+def test_locks_of_other_programs_are_left_alone(predictor, tmp_path):
+    out = tmp_path / "out"
+    (out / ".apt.lock").mkdir(parents=True)
+    (out / ".apt.lock" / "file").touch()
+    (out / ".other.lock").write_text("4711")
+    (out / ".killed.lock").touch()
+    scan_file(tmp_path / "in" / "a.nii.gz")
+    [done] = predicting.predict_scans(predictor, find_scans(tmp_path / "in"), out, ("csv",), progress=False)
+    assert done.files
+    assert sorted(path.name for path in out.glob(".*")) == [".apt.lock", ".other.lock"]
+    assert (out / ".apt.lock" / "file").exists()

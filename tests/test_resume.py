@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from segkit import losses, steps, training
+from segkit import losses, steps, trainer, training
 from segkit.checkpoints import load_checkpoint
+from segkit.ensemble import train_members
 from segkit.errors import SegkitError
+from segkit.interrupts import Interrupts
 from segkit.ranks import Ranks
-from segkit.settings import TrainSettings
+from segkit.settings import TrainSettings, changed
 from segkit.slices import SliceDataset, batches
 from segkit.training import train
 from segkit.training_state import load_state
@@ -181,3 +183,58 @@ def test_a_second_stop_within_a_step_leaves_a_state_that_is_whole(phantom_data, 
     assert len(load_state(tmp_path / training.STATE_FILE).history) == 1
     train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
     assert same(weights_of(tmp_path), weights_of(uninterrupted))
+
+
+def test_what_a_training_started_from_stays_known(phantom_data, uninterrupted, tmp_path, stopped_after, capsys):
+    start = uninterrupted / "checkpoint_epoch1.pth"
+    with stopped_after(6):  # in the second epoch: there is a state to go on from
+        train(phantom_data, replace(SETTINGS, init_checkpoint=str(start)), tmp_path, progress=False)
+    train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
+    assert load_checkpoint(tmp_path / "checkpoint_epoch3.pth").settings["init_checkpoint"] == str(start)
+    assert "left out" not in capsys.readouterr().out
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    longer = replace(SETTINGS, epochs=4, init_checkpoint=str(start))
+    train(phantom_data, longer, tmp_path / "run", progress=False, resume=True)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_epoch4.pth").settings["init_checkpoint"] is None
+    assert f"INIT_CHECKPOINT = {start}: left out" in capsys.readouterr().out
+
+
+def test_a_second_stop_in_a_first_step_changes_no_checkpoint(phantom_data, uninterrupted, tmp_path, monkeypatch):
+    """Epochs have four steps; after the fifth the weights are no longer those that the first epoch was scored with."""
+    done, original = [], steps.Learner._move
+
+    def impatient(self):
+        original(self)
+        done.append(1)
+        if len(done) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps.Learner, "_move", impatient)
+        assert train(phantom_data, SETTINGS, tmp_path, progress=False).interrupted
+    assert same(weights_of(tmp_path, 1), weights_of(uninterrupted, 1))
+
+
+def test_a_stop_in_the_last_validation_of_a_member_stops_the_ensemble(phantom_data, tmp_path, monkeypatch):
+    """Several ranks hold a stop back: nothing looks for it after the last step, but the next member must not start."""
+    original = trainer.validate
+
+    def stopping(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "validate", stopping)
+    monkeypatch.setattr(training, "Interrupts", lambda always=False: Interrupts(always=True))
+    histories = train_members(phantom_data, replace(SETTINGS, epochs=1), tmp_path, members=2, progress=False)
+    assert len(histories) == 1 and histories[0].interrupted and len(histories[0]) == 1
+
+
+def test_an_entry_of_augmentation_that_was_not_there_yet_had_its_default():
+    stored = asdict(SETTINGS)
+    del stored["augmentation"]["blur_pixels"]
+    assert changed(SETTINGS, stored) == []
+    other = replace(SETTINGS, augmentation=replace(SETTINGS.augmentation, blur_pixels=0.9))
+    assert changed(other, stored) == ["augmentation"]
+    del stored["augmentation"]
+    assert changed(SETTINGS, stored) == [] and changed(other, stored) == ["augmentation"]

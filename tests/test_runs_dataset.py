@@ -1,12 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import write_subject
 
 from segkit import dataset, runs
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, SubjectError
 from segkit.locks import alone
 from segkit.splits import Part
 
@@ -198,3 +200,58 @@ def test_a_training_that_never_began_is_no_older_run(tmp_path):
     runs.start_run(tmp_path)
     [archive] = (tmp_path / "runs").iterdir()
     assert len(list(archive.iterdir())) == 4 and list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+def test_some_of_the_validation_subjects_are_still_called_so(phantom_data, tmp_path):
+    """A data set without test subjects, as the small TotalSegmentator release."""
+    split = replace(phantom_data.split, val=phantom_data.split.train[:2], test=phantom_data.split.train[:2])
+    run_of(replace(phantom_data, split=split), tmp_path)
+    data = dataset.open_run(tmp_path, tmp_path / "staged", max_subjects=1, progress=False)
+    assert len(data.split.test) == 1 and data.split.test_name == "val"
+    table = data.structures()  # of what is staged
+    assert table["test_annotated"].max() == 1 and table["train_annotated"].max() == 1
+
+
+def test_what_is_excluded_may_be_broken_and_a_warning_stops_nothing(tmp_path):
+    for name in ("a", "b", "c"):
+        write_subject(tmp_path / "data" / name, {"liver": np.ones((3, 3, 3))})
+    (tmp_path / "data" / "c" / "ct.nii.gz").unlink()
+    (tmp_path / "data" / "b" / "segmentations" / "Thumbs.db").touch()
+    where = tmp_path / "data", tmp_path / "staged"
+    with pytest.raises(SubjectError, match=r"subject c: .*ct\.nii\.gz is missing"):
+        dataset.open_data(*where, strict=True, progress=False)
+    data = dataset.open_data(*where, exclude=["c"], strict=True, progress=False)
+    assert set(data.staged) == {"a", "b"} and [problem.subject for problem in data.problems] == ["b"]
+    with pytest.raises(SegkitError, match="EXCLUDE names d, which"):
+        dataset.open_data(*where, exclude=["c", "d"], progress=False)
+
+
+def test_a_scan_that_lies_crooked_or_nobody_knows_how_is_told(tmp_path):
+    """As of scans that are predicted: sheared axes are refused, an orientation that is guessed is a warning."""
+    masks = {"liver": np.ones((12, 12, 12))}
+    tilted = np.diag([2.0, 2.0, 3.0, 1.0])
+    tilted[1, 2] = 0.5
+    write_subject(tmp_path / "data" / "tilted", masks, affine=tilted)
+    write_subject(tmp_path / "data" / "straight", masks)
+    write_subject(tmp_path / "data" / "unknown", masks)
+    for path in (tmp_path / "data" / "unknown").rglob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None), path)
+    data = dataset.open_data(tmp_path / "data", tmp_path / "staged", progress=False)
+    assert set(data.staged) == {"straight", "unknown"}
+    [problem] = data.problems
+    assert (problem.subject, problem.severity) == (
+        "tilted",
+        "error",
+    ) and "axes are not perpendicular, by 9.5 degrees" in str(problem)
+    assert "left and right, front and back are guessed" in data.overview().loc["unknown", "notes"]
+
+
+def test_phantoms_that_another_process_makes_are_left_to_it(tmp_path):
+    draft = tmp_path / ".123.phantoms_16_seed0"
+    draft.mkdir()
+    with alone(tmp_path / ".phantoms_16_seed0.lock", "taken"):
+        runs.sweep(tmp_path)
+        assert draft.is_dir()
+    runs.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".phantoms_16_seed0.lock"]

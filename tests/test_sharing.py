@@ -186,7 +186,7 @@ def summary_of(checkpoints, macro_dice=0.5, **others):
         {**row, "measure": "hd95_mm", "mean": 12.5, "cases": 9}, {**row, "measure": "nsd", "mean": None},
     ]  # fmt: skip
     return {
-        "split": "test", "data": "ab" * 32, "checkpoints": list(map(str, checkpoints)), "threshold": None,
+        "split": "test", "own_data": True, "checkpoints": list(map(str, checkpoints)), "threshold": None,
         "found_at_dice": 0.1, "nsd_tolerance_mm": 3.0,
         "prediction": scores, "reference_through_target_shape": {**scores, "macro_dice": 0.875},
         "means": {"segkit": rows}, **others,
@@ -244,9 +244,9 @@ def test_scores_of_other_data_or_at_another_threshold_say_so(tmp_path):
     checkpoint = run / "checkpoint_epoch3.pth"
     write_summary(run, [checkpoint])
     usual = export_model(run, tmp_path / "usual", LICENCE)[-1].read_text()
-    write_summary(run, [checkpoint], data="c" * 64, threshold=0.25)
+    write_summary(run, [checkpoint], own_data=False, threshold=0.25)
     told = export_model(run, tmp_path / "told", LICENCE)[-1].read_text()
-    for said in ("The scans are of other data than the fingerprint above.", "at a probability of 0.25, not their own."):
+    for said in ("of another data set than the fingerprint above.", "at a probability of 0.25, not their own."):
         assert said in told and said not in usual
 
 

@@ -1,4 +1,7 @@
+import errno
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +138,32 @@ def test_select_excludes_and_refuses_what_makes_no_sense():
     for bad in ({"exclude": ["z"]}, {"exclude": ["a", "b", "c"]}, {"max_subjects": 0}):
         with pytest.raises(SegkitError):
             select_subjects(three, **bad)
+
+
+def test_some_of_the_validation_subjects_are_no_test():
+    split = make_split(dict.fromkeys("abcdefghij", 9), {}, 0)
+    assert split.test_name == "val"
+    split = make_split(dict.fromkeys("abcdefghij", 9), {"a": "val", "b": "val", "c": "val"}, 0)
+    assert replace(split, test=split.test[:1]).test_name == "val"
+    given = make_split(dict.fromkeys("abcdefghij", 9), {"a": "val", "b": "test", "c": "test"}, 0)
+    assert replace(given, test=given.test[:1]).test_name == "test"
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named_and_the_others_are_used(tmp_path, monkeypatch):
+    for name in ("s0", "s1"):
+        write_subject(tmp_path / name, {"liver": np.ones((3, 3, 3))})
+    closed, iterdir, is_file = tmp_path / "s1", Path.iterdir, Path.is_file
+
+    def refusing(original, place):  # as the system answers; root may look everywhere
+        def look(path):
+            if place(path) == closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path)
+
+        return look
+
+    monkeypatch.setattr(Path, "iterdir", refusing(iterdir, lambda path: path))
+    monkeypatch.setattr(Path, "is_file", refusing(is_file, lambda path: path.parent))
+    [subject], [problem] = find_subjects(tmp_path)
+    assert subject.name == "s0"
+    assert str(problem) == f"subject s1: {closed / 'ct.nii.gz'}: cannot be read (Permission denied)"

@@ -128,3 +128,18 @@ def test_means_lie_in_their_intervals_and_order_does_not_matter(seed, subjects, 
     held = scores[scores["present"]]
     expected = held.groupby("structure")["dice"].mean().mean() if len(held) else None
     assert headline == (None if expected is None else pytest.approx(expected))
+
+
+def test_cases_are_drawn_with_their_subject():
+    """The same as with the weight of a subject written beside each of its cases."""
+    random = np.random.default_rng(0)
+    values = np.where(random.random((7, 5)) < 0.3, np.nan, random.random((7, 5)))
+    values[2] = np.nan
+    weights = random.integers(0, 3, (50, 7)).astype(float)
+    weights[0] = 0
+    expected = []
+    for draw in weights:
+        cases, weight = values.ravel(), np.repeat(draw, 5)
+        there = ~np.isnan(cases) & (weight > 0)
+        expected.append(np.average(cases[there], weights=weight[there]) if there.any() else np.nan)
+    assert summaries._over_cases(values, weights) == pytest.approx(expected, nan_ok=True)

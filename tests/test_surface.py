@@ -265,3 +265,56 @@ def test_a_tolerance_that_is_none_is_refused(tolerance):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shapes differ"):
         scores_of(np.ones((3, 3, 3), bool), np.ones((3, 3, 4), bool), (1, 1, 1))
+
+
+def in_slices(reference, prediction, spacing, slices, tolerance=3.0):
+    volumes = [encode([("a", mask)], mask.shape) for mask in (reference, prediction)]
+    return surface_scores(*volumes, spacing, tolerance, slices=slices).loc["a"]
+
+
+@given(st.integers(0, 10**6), st.sets(st.integers(0, 13), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_of_some_slices_distances_go_from_them_to_the_surface_anywhere(seed, chosen):
+    """By scipy on whole masks: asked are the surface voxels in the slices alone."""
+    reference, prediction = blob(seed), blob(seed + 1)
+    found = in_slices(reference, prediction, (2, 0.9, 1.1), sorted(chosen))
+    masks = [np.pad(mask, 1) for mask in (reference, prediction)]
+    inside = np.zeros(len(masks[0]), bool)
+    inside[[z + 1 for z in chosen]] = True
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in masks]
+    ways = [
+        ndimage.distance_transform_edt(~other, (2, 0.9, 1.1))[own & inside[:, None, None]]
+        for own, other in (surfaces, surfaces[::-1])
+    ]
+    if all(mask[inside].any() for mask in masks) and all(way.size for way in ways):
+        assert found["hd_mm"] == pytest.approx(max(way.max() for way in ways))
+        assert found["hd95_mm"] == pytest.approx(max(np.percentile(way, 95) for way in ways))
+        assert found["assd_mm"] == pytest.approx(np.concatenate(ways).mean())
+        itself = in_slices(reference, reference, (2, 0.9, 1.1), sorted(chosen))["nsd"]
+        assert itself == 1 or not any(z + 1 in chosen or z in (0, 13) for z in chosen)
+
+
+def test_all_slices_are_the_whole():
+    reference, prediction = blob(3), blob(4)
+    whole = scores_of(reference, prediction, (2, 0.9, 1.1))
+    pd.testing.assert_series_equal(in_slices(reference, prediction, (2, 0.9, 1.1), range(14)), whole, check_exact=True)
+
+
+def test_the_cut_of_a_slab_is_no_surface():
+    """A cylinder of 30 mm found as one of 20 mm: everywhere 10 mm off, in every slab of 8 slices as in the whole."""
+    y, x = np.mgrid[-35:36, -35:36]
+    reference, prediction = (np.repeat((y**2 + x**2 <= radius**2)[None], 24, axis=0) for radius in (30, 20))
+    for slices in (range(8, 16), [*range(7, 10), *range(14, 17)]):
+        found = in_slices(reference, prediction, (1.5, 1, 1), slices)
+        assert 9 <= found["assd_mm"] <= found["hd95_mm"] <= found["hd_mm"] <= 11 and found["centroid_distance_mm"] == 0
+        assert found["nsd"] == 0
+        assert in_slices(reference, prediction, (1.5, 1, 1), slices, tolerance=11)["nsd"] == 1
+
+
+def test_a_mask_without_a_voxel_in_the_slices_is_empty_there():
+    reference, prediction = box((9, 5, 5), (0, 4), (1, 4), (1, 4)), box((9, 5, 5), (2, 9), (1, 4), (1, 4))
+    assert in_slices(reference, prediction, (1, 1, 1), [0, 1])["nsd"] == 0
+    assert np.isnan(in_slices(reference, prediction, (1, 1, 1), [0, 1])["hd95_mm"])
+    full = np.ones((9, 5, 5), bool)  # no surface inside but at the border of the scan
+    assert in_slices(full, full, (1, 1, 1), [4, 5])[["nsd", "hd_mm"]].tolist() == [1, 0]
+    assert np.isnan(in_slices(full, full, (1, 1, 1), [4])["nsd"])  # an element lies between two slices

@@ -16,6 +16,7 @@ from segkit.evaluation import evaluate
 from segkit.inference import Predictor
 from segkit.ranks import Ranks
 from segkit.settings import NO_AUGMENTATION, TrainSettings, from_notebook
+from segkit.sharing import export_model
 from segkit.slices import Targets
 from segkit.summaries import summarize
 from segkit.training import train
@@ -228,3 +229,17 @@ def test_thresholds_are_chosen_by_hand():
     assert thresholds[2] == pytest.approx(common)
     assert thresholds[0] == pytest.approx(half_way(THRESHOLDS[0], common))
     assert thresholds[1] == pytest.approx(half_way(THRESHOLDS[-1], common))
+
+
+def test_a_training_starts_from_a_folder_with_one_network(phantom_data, tmp_path):
+    """Of a run the best checkpoint, of a shared model its file; of an ensemble nobody knows which."""
+    for member in (1, 2):
+        train(phantom_data, replace(SMALL, seed=member), tmp_path / f"member_{member}", progress=False)
+    run = tmp_path / "member_1"
+    export_model(run, tmp_path / "shared", "CC BY 4.0")
+    wanted = load_checkpoint(best_checkpoint(run)).model.state_dict()
+    for source in (run, tmp_path / "shared", tmp_path / "shared" / "model.safetensors"):
+        learner = steps.Learner(phantom_data, replace(SMALL, init_checkpoint=str(source)).checked(), CPU)
+        assert all(torch.equal(value, wanted[name]) for name, value in learner.network.state_dict().items())
+    with pytest.raises(SegkitError, match=r"INIT_CHECKPOINT .*holds 2 networks; name one of them: .*member_1"):
+        steps.Learner(phantom_data, replace(SMALL, init_checkpoint=str(tmp_path)).checked(), CPU)

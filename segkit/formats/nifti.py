@@ -91,14 +91,19 @@ def nifti_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.name.endswith(ENDINGS)) if folder.is_dir() else []
 
 
-def read_volume(path: Path, subject: str) -> tuple[np.ndarray, Grid]:
+def read_volume(path: Path, subject: str, findings: Findings | None = None) -> tuple[np.ndarray, Grid]:
     """Read a 3-D NIfTI file (or 4-D with one volume): its array (i, j, k), stored dtype or scaled float, and its grid.
 
     The array is read-only and in the file's memory order, a view on what was decompressed wherever nothing is scaled.
+    A header that does not say how the scan lies is reported in `findings`: nibabel makes a place up.
     Raises SubjectError that names the subject and the file for a file that is missing, damaged, cut short, not 3-D, not
     of real numbers or without a usable affine; nothing is allocated for dimensions that the file cannot hold.
     """
     volume = open_volume(path, subject)
+    if findings is not None and not volume.is_oriented:
+        text = "its header says nothing of orientation (sform_code and qform_code are 0): left and right, front and "
+        text += "back are guessed; compare with what is known of the scan"
+        findings.add("warning", "no orientation", f"{path}: {text}")
     [whole] = volume.pieces(math.prod(volume.grid.shape))
     return whole.reshape(volume.grid.shape, order="F"), volume.grid
 
@@ -119,12 +124,6 @@ def read_header(path: Path, subject: str) -> nib.Nifti1Header:
         return _NiftiFile(path, read_regular_file(path)).header
 
 
-def says_where_it_lies(path: Path, subject: str) -> bool:
-    """Whether a header has an affine; without, nibabel makes one up. Raises SubjectError as `read_volume`."""
-    header = read_header(path, subject)
-    return bool(header["sform_code"] or header["qform_code"])
-
-
 def read_file(path: Path, subject: str) -> bytes:
     """What a file holds, as it lies on disk. Raises SubjectError as `read_volume`."""
     with explained(f"subject {subject}: {path}"):
@@ -137,6 +136,7 @@ class Volume:
     def __init__(self, file: _NiftiFile, where: str):
         self._file, self._where = file, where
         self.grid, self._dtype = _checked(file.header, where)
+        self.is_oriented = bool(file.header["sform_code"] or file.header["qform_code"])
         slope, intercept = file.header.get_slope_inter()
         self._scaling = None if slope is None or (slope, intercept) == (1, 0) else (slope, intercept)
 

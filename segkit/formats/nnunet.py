@@ -1,7 +1,7 @@
 """nnU-Net's raw data folders: imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, dataset.json.
 
 Format: https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md (and nnU-Net 1, whose labels are
-written the other way round). A folder imagesTs with labelsTs holds test cases.
+written the other way round). A folder imagesTs with labelsTs holds test cases; without it, scans to be segmented.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def find_cases(folder: Path) -> Iterator[Case]:
     numbers = numbers_of(labels.items(), str(path))
     channel = _ct_channel(channels, path)
     for part, split in _SPLITS:
+        if split == "test" and not (folder / f"labels{part}").is_dir():
+            continue
         for image in sorted((folder / f"images{part}").glob(f"[!.]*_{channel:04d}{ending}")):
             name = image.name.removesuffix(f"_{channel:04d}{ending}")
             label = folder / f"labels{part}" / f"{name}{ending}"
