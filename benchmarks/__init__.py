@@ -16,6 +16,7 @@ What every work shares:
     chart.py          its figure
     __main__.py       python -m benchmarks
     gpu.py            python -m benchmarks.gpu
+    gpu_memory.py     what a command held on the GPU
 
 A module a work, in the order of the page: staging, fetching, training_step, epoch, quality, predicting, scoring,
 meshing, starting, growth. A side is a function that makes the work ready and gives it as a callable; it imports what it

@@ -1,7 +1,7 @@
 """segkit beside its peers: python -m benchmarks [--quick] [--only NAME ...], what `make bench` runs.
 
-Every row is kept in the work folder when it is done: a run that was interrupted goes on with what is missing. Other
-sizes, threads, code of segkit or of a row measure it anew; `--fresh` measures everything anew.
+Every table is kept in the work folder when it is done: a run that was interrupted goes on with what is missing. Other
+sizes, threads, versions, code of segkit or of a table measure it anew; `--fresh` measures everything anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -32,20 +32,25 @@ from benchmarks import (
     starting,
     training_step,
 )  # fmt: skip
-from benchmarks.bench import QUICK, SEGKIT, Bench, Sizes
+from benchmarks.bench import QUICK, Bench, Sizes
 from benchmarks.sides import ROOT
-from benchmarks.tables import Table
+from benchmarks.tables import Table, code_of
+from segkit.devices import pick_device
 from segkit.record import git_state
 from segkit.runs import write_whole
 
 
 @dataclass(frozen=True)
 class Work:
-    """A table of the page: what measures it."""
+    """A table of the page: what measures it, in which module.
+
+    kept: whether its result is kept, or made each time of the others (None while one is missing).
+    """
 
     name: str
-    measure: Callable[[], Table]
+    measure: Callable[[], Table | None]
     source: Path
+    kept: bool = True
 
     @classmethod
     def of(cls, name: str, measure: Callable, *arguments: object) -> Work:
@@ -53,7 +58,7 @@ class Work:
 
 
 def works(bench: Bench) -> list[Work]:
-    """All of them, in the order of the page; growth builds on those before it."""
+    """All of them, in the order of the page; the projection builds on those before it."""
     sizes = bench.sizes
     steps = [Work.of(f"step_{size[0]}", training_step.measure, bench, size) for size in sizes.steps]
     scans = [Work.of(predicting.name_of(shape), predicting.measure, bench, shape) for shape in sizes.scans]
@@ -69,6 +74,7 @@ def works(bench: Bench) -> list[Work]:
         Work.of("starting", starting.measure, bench),
         *(Work.of(f"quality_{name}", quality.measure, bench, name) for name in of_quality),
         Work.of("growth", growth.measure, bench),
+        replace(Work.of("projection", growth.project, bench), kept=False),
         *([Work.of("demo", starting.demo, bench)] if sizes.whole else []),
     ]
 
@@ -114,7 +120,9 @@ def open_bench(chosen: argparse.Namespace, sizes: Sizes | None = None) -> Bench:
     # not resolved: the link is what makes an interpreter that of its environment
     peers = str(chosen.peers.absolute()) if chosen.peers.is_file() else None
     work = chosen.work.resolve() / ("quick" if chosen.quick else "full")
-    return Bench(work, sizes, peers, chosen.threads, getattr(chosen, "device", None))
+    # named to every side: nnU-Net's commands would take another one by themselves
+    device = getattr(chosen, "device", None) or pick_device().type
+    return Bench(work, sizes, peers, chosen.threads, device)
 
 
 def measure_all(
@@ -126,7 +134,10 @@ def measure_all(
         sys.exit(f"no table {', '.join(unknown)}: there are {', '.join(work.name for work in wanted)}")
     tables, failed = [], {}
     for work in wanted:
-        sources = [SEGKIT, work.source]
+        sources = code_of(work.source)
+        if not work.kept:
+            tables += filter(None, [work.measure()])
+            continue
         if only is not None and work.name not in only:
             kept = bench.store.kept(work.name, sources)
             if kept:

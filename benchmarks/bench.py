@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks import inputs
+from benchmarks import inputs, machine
 from benchmarks.sides import ROOT, Side, Taken
 from benchmarks.tables import Store, fingerprint
 from benchmarks.turns import Limits, take_turns
@@ -45,14 +45,14 @@ QUICK = Sizes(
 @dataclass(frozen=True)
 class Bench:
     """One run of the benchmarks. work: the folder of its data and results. peers: the interpreter of the peers'
-    environment; None where there is none. device: None for the best there is.
+    environment; None where there is none. device: of all sides, as torch calls it.
     """
 
     work: Path
     sizes: Sizes = field(default_factory=Sizes)
     peers: str | None = None
     threads: int = os.cpu_count() or 1
-    device: str | None = None
+    device: str = "cpu"
 
     @cached_property
     def store(self) -> Store:
@@ -61,7 +61,7 @@ class Bench:
             "threads": self.threads,
             "device": self.device,
             "data": self.data_name,
-            "peers": self.peers is not None,
+            "versions": machine.versions(self.peers),
         }
         return Store(self.work / "results", conditions)
 
@@ -129,6 +129,7 @@ class Bench:
 
     def _made(self, name: str, make) -> Path:
         """A folder of data, made whole if it is not there; other sizes or code of phantoms make another one."""
-        kind = "real" if inputs.real_torso() else fingerprint([SEGKIT / "phantom"])[:8]
+        of_phantoms = name.startswith(("phantom", "growth")) or not inputs.real_torso()
+        kind = fingerprint([SEGKIT / "phantom"])[:8] if of_phantoms else "real"
         size = "_".join(map(str, self.sizes.subject)) if name in ("subject", "overlapping") else ""
         return inputs.made_whole(self.work / "data" / f"{name}{size}_{kind}", make)

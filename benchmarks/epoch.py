@@ -29,7 +29,7 @@ def measure(bench: Bench) -> Table:
         prepared = nnunet_of_the_subject(bench)
         sides += [
             Side("nnU-Net: its own trainer", "benchmarks.epoch:nnunet_trainer",
-                 {"steps": steps, "device": bench.device or "cpu", "environment": prepared.environment}, "peer",
+                 {"steps": steps, "device": bench.device, "environment": prepared.environment}, "peer",
                  rounds=2),
             Side("MONAI: CacheDataset, RandAffine, BasicUNet", "benchmarks.epoch:monai",
                  {**common, "folder": str(prepared.raw)}, "peer", rounds=2),
@@ -56,7 +56,7 @@ def measure(bench: Bench) -> Table:
 
 def nnunet_of_the_subject(bench: Bench) -> nnunet.NnUNet:
     """The subject, planned and preprocessed by nnU-Net, with the same channels and pixels as the others' networks."""
-    prepared = nnunet.NnUNet(bench.work / "nnunet_subject", bench.peers, bench.threads, bench.device or "cpu")
+    prepared = nnunet.NnUNet(bench.work / "nnunet_subject", bench.peers, bench.threads, bench.device)
     size, widths = bench.sizes.steps[0], [*FEATURES, 2 * FEATURES[-1]]
     changes = {"batch_size": BATCH, "patch_size": list(size), "architecture": nnunet.network(widths)}
 

@@ -1,4 +1,4 @@
-"""How cost grows with subjects and workers, and what it says about the full data set."""
+"""How cost grows with subjects and workers, and what all tables say about the full data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.predicting import name_of
 from benchmarks.sides import ROOT, Side
-from benchmarks.tables import Row, Table
+from benchmarks.tables import Row, Table, code_of
 from benchmarks.training_step import BATCH
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from segkit.dataset import Data
     from segkit.staging import StagedSubject
 
-SEGKIT, HERE = ROOT / "segkit", ROOT / "benchmarks"
+HERE = ROOT / "benchmarks"
 FULL, FULL_TRAIN, FULL_TEST = 1228, 1082, 89
 """Subjects of TotalSegmentator 2.0.1, of its training and its test split."""
 WORKERS = (1, 2)
@@ -39,23 +39,27 @@ def measure(bench: Bench) -> Table:
         words = ", ".join(f"{stage} {result.found[stage]:.2f} s" for stage in STAGES if stage in result.found)
         rows.append(Row(side.name, "segkit", result.median, None, result.peak_mb, notes=result.problem or words))
     notes = [text for jobs in WORKERS for text in trend({n: taken[n, jobs].found for n in bench.sizes.growth}, jobs)]
-    grid = []
-    full = costs_of_a_subject(bench)
-    if full:
-        peaks = {n: taken[n, 1].peak_mb for n in bench.sizes.growth}
-        slope = slope_of({n: peak for n, peak in peaks.items() if peak})
-        grid = projection(full, max(0.0, slope))
-        notes.append(
-            "The projection takes what one subject of full size cost in the tables above on this machine, with one "
-            "worker, times the subjects: files are in memory, the disk takes no part; a prediction is a command of its "
-            "own, with its start, and grows with the slices. Memory is the peak of that subject and what a subject "
-            "more added here."
-        )
     what = (
         "Phantoms of half the demo's detail, of four that are copied: staged; an epoch of all their slices at 32 x 48 "
         "pixels with a network of 8-16-32-64 channels; predicted; scored. Workers stage, read slices ahead and score."
     )
-    return Table("growth", "How cost grows", what, rows, notes, grid=grid)
+    return Table("growth", "How cost grows", what, rows, notes)
+
+
+def project(bench: Bench) -> Table | None:
+    """The full data set, from the tables before; None while one of them is missing."""
+    full, grown = costs_of_a_subject(bench), bench.store.kept("growth", code_of(HERE / "growth.py"))
+    if full is None or grown is None:
+        return None
+    peaks = [row["peak_mb"] for row in grown["rows"] if row["side"].endswith(", 1 worker")]
+    slope = slope_of({n: peak for n, peak in zip(bench.sizes.growth, peaks, strict=True) if peak})
+    what = (
+        "What one subject of full size cost in the tables above on this machine, with one worker, times the subjects "
+        "of TotalSegmentator 2.0.1: files are in memory, the disk takes no part; a prediction is a command of its own, "
+        "with its start, and grows with the slices. Memory is the peak of that subject and what each further one "
+        "added above."
+    )
+    return Table("projection", "The full data set, projected", what, [], grid=projection(full, max(0.0, slope)))
 
 
 def _side(bench: Bench, subjects: int, jobs: int) -> Side:
@@ -163,9 +167,9 @@ def trend(found: Mapping[int, Mapping[str, float]], jobs: int) -> list[str]:
 
 def costs_of_a_subject(bench: Bench) -> dict | None:
     """Of one subject of full size, from the tables before: seconds of each stage, MB of disk and memory."""
-    tables = {name: bench.store.kept(name, [SEGKIT, HERE / f"{name}.py"]) for name in ("staging", "epoch", "scoring")}
+    tables = {name: bench.store.kept(name, code_of(HERE / f"{name}.py")) for name in ("staging", "epoch", "scoring")}
     size = bench.sizes.scans[0]
-    tables["predict"] = bench.store.kept(name_of(size), [SEGKIT, HERE / "predicting.py"])
+    tables["predict"] = bench.store.kept(name_of(size), code_of(HERE / "predicting.py"))
     if not all(tables.values()):
         return None
     ours = {name: table["rows"][0] for name, table in tables.items()}
@@ -187,7 +191,7 @@ def projection(of_one: Mapping[str, float], mb_a_subject: float) -> list[list[st
     """The full data set in hours, GB of memory and of disk, from the costs of one of its subjects: a table."""
     numbers = {"staging": FULL, "epoch": FULL_TRAIN, "prediction": FULL_TEST, "scoring": FULL_TEST}
     texts = {"staging": "stage", "epoch": "an epoch of all slices", "prediction": "predict", "scoring": "score"}
-    rows = [["TotalSegmentator, projected", "subjects", "of one", "in all"]]
+    rows = [["", "subjects", "of one", "in all"]]
     for stage, number in numbers.items():
         seconds = of_one[stage]
         rows.append([texts[stage], f"{number:,}", f"{seconds:.2f} s", f"{seconds * number / 3600:.2f} h"])

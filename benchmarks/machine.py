@@ -35,9 +35,16 @@ def describe(threads: int, device: str | None, peers_python: str | None) -> dict
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "device": describe_device(where),
         "git": git_state(ROOT),
+        **versions(peers_python),
+        "rates": rates(where),
+    }
+
+
+def versions(peers_python: str | None) -> dict[str, dict]:
+    """versions: of segkit's environment; peers: of theirs, empty where there is none."""
+    return {
         "versions": {name: _version(name) for name in OURS},
         "peers": _versions_there(peers_python, PEERS) if peers_python else {},
-        "rates": rates(where),
     }
 
 

@@ -94,8 +94,8 @@ class NnUNet:
         """What nnU-Net planned for 2d: patch_size, batch_size, spacing, architecture."""
         return json.loads((self.preprocessed / "nnUNetPlans.json").read_text())["configurations"]["2d"]
 
-    def train(self, epochs: int, iterations: int) -> float:
-        """nnUNetv2_train with short epochs on all cases. Returns the median seconds of an epoch by its own log."""
+    def train(self, epochs: int, iterations: int) -> list[float]:
+        """nnUNetv2_train with short epochs on all cases. Returns the seconds of each epoch by its own log."""
         shutil.rmtree(self.results, ignore_errors=True)
         self.run(
             "nnUNetv2_train", self.number, CONFIGURATION, "all", "-tr", TRAINER, "-device", self.device,
@@ -136,12 +136,10 @@ class NnUNet:
         return time.perf_counter() - started
 
 
-def epoch_seconds(results: Path) -> float:
-    """Seconds of an epoch by nnU-Net's own log: the median of all but the first, which warms up."""
+def epoch_seconds(results: Path) -> list[float]:
+    """Seconds of each epoch by nnU-Net's own log."""
     lines = max(results.glob("training_log_*.txt")).read_text().splitlines()
-    found = [float(match[1]) for line in lines if (match := re.search(r"Epoch time: ([\d.]+) s", line))]
-    kept = sorted(found[1:] or found)
-    return kept[len(kept) // 2]
+    return [float(match[1]) for line in lines if (match := re.search(r"Epoch time: ([\d.]+) s", line))]
 
 
 def network(features: Sequence[int]) -> dict:

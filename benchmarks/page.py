@@ -73,7 +73,8 @@ def section(table: Table) -> str:
     timed = any(row.times is not None for row in table.rows)
     columns = ["", "ms" if table.unit == "ms" else "seconds"]
     columns += ["times segkit"] * timed + ["macro Dice"] * scored + ["peak MB"] + ["GPU MB"] * on_device + [""]
-    lines = [f"## {table.title}", "", f"`{table.name}`. {table.what}", "", *markdown([columns])]
+    lines = [f"## {table.title}", "", f"`{table.name}`. {table.what}", ""]
+    lines += markdown([columns]) if table.rows else []
     for row in table.rows:
         cells = [_name(row), number(row.seconds, 1000 if table.unit == "ms" else 1)]
         cells += [number(row.times)] * timed + ["" if row.score is None else f"{row.score:.3f}"] * scored
@@ -81,7 +82,7 @@ def section(table: Table) -> str:
         cells += ["" if row.device_mb is None else f"{row.device_mb:,}"] * on_device
         lines += markdown([[*cells, row.notes]])[:1]
     if table.grid:
-        lines += ["", *markdown(table.grid)]
+        lines += [*[""] * bool(table.rows), *markdown(table.grid)]
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), *[""] * bool(table.notes)])
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import nnunet as commands
+from benchmarks.gpu_memory import watched
 from benchmarks.sides import ROOT, Side, Taken
-from benchmarks.tables import Table, floor_row, rows_of
+from benchmarks.tables import Table, code_of, floor_row, rows_of
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench  # of segkit's environment
@@ -40,7 +41,8 @@ def measure(bench: Bench, shape: tuple[int, int, int]) -> Table:
         trained_peer(bench)
         arguments = prepared.predict_arguments(out / "images", out / "nnunet")
         parameters = {"scan": str(scan), "images": str(out / "images"), "out": str(out / "nnunet"),
-                      "command": arguments, "environment": prepared.environment}  # fmt: skip
+                      "command": arguments, "environment": prepared.environment,
+                      "device": bench.device}  # fmt: skip
         sides.append(Side(NNUNET, "benchmarks.predicting:nnunet", parameters, "peer", 1, True))
     else:
         notes.append("nnU-Net is left out: there is no environment of the peers.")
@@ -77,7 +79,7 @@ def too_large(bench: Bench, shape: tuple[int, int, int]) -> dict[str, Taken]:
     import psutil  # not in the peers' environment, which imports this file too
 
     smaller = bench.sizes.scans[0]
-    kept = bench.store.kept(name_of(smaller), [ROOT / "segkit", Path(__file__).resolve()])
+    kept = bench.store.kept(name_of(smaller), code_of(Path(__file__)))
     if shape == smaller or kept is None:
         return {}
     times, most = math.prod(shape) / math.prod(smaller), psutil.virtual_memory().total / 2**20
@@ -140,20 +142,23 @@ def forward_flops() -> float:
     return counter.get_total_flops()
 
 
-def segkit(scan: str, run: str, members: int, out: str, device: str | None) -> Callable[[], dict]:
+def segkit(scan: str, run: str, members: int, out: str, device: str) -> Callable[[], dict]:
     """The verb; an ensemble is the same network several times."""
     command = [sys.executable, "-m", "segkit", "predict", scan, "--checkpoint", *[run] * members, "--out", out]
-    command += ["--device", device] if device else []
+    command, held = watched([*command, "--device", device], device, Path(f"{out}.gpu"))
 
     def work() -> dict:
         shutil.rmtree(out, ignore_errors=True)
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return {"stages": done.stdout.splitlines()[0].split(": ", 1)[-1]}
+        return {"stages": done.stdout.splitlines()[0].split(": ", 1)[-1], **held()}
 
     return work
 
 
-def nnunet(scan: str, images: str, out: str, command: Sequence[str], environment: Mapping[str, str]) -> Callable:
+def nnunet(
+    scan: str, images: str, out: str, command: Sequence[str], environment: Mapping[str, str], device: str
+) -> Callable[[], dict]:
+    command, held = watched(command, device, Path(f"{out}.gpu"))
     for folder in (images, out):
         shutil.rmtree(folder, ignore_errors=True)
         Path(folder).mkdir(parents=True)
@@ -162,7 +167,7 @@ def nnunet(scan: str, images: str, out: str, command: Sequence[str], environment
     def work() -> dict:
         subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=sys.stderr)
         [written] = Path(out).glob("scan.nii.gz")
-        return {"bytes": written.stat().st_size}
+        return {"bytes": written.stat().st_size, **held()}
 
     return work
 

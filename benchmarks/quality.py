@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import nnunet as commands
 from benchmarks.sides import ROOT, Side, Taken
-from benchmarks.tables import Row, Table
+from benchmarks.tables import Row, Table, code_of
 from benchmarks.trainings import BATCHES, FEATURES, ITERATIONS, SHAPES
 
 if TYPE_CHECKING:
@@ -110,15 +109,15 @@ class _Trainings:
         self.bench, self.name, self.parameters = bench, name, parameters
 
     def segkit(self, which: str, slices: int | None = None) -> Taken:
-        return self._kept(which, "segkit", [SEGKIT], {**self.parameters, "which": which, "slices": slices,
+        return self._kept(which, "segkit", {**self.parameters, "which": which, "slices": slices,
                                             "run": str(self.bench.work / f"run_{self.name}_{which}")})  # fmt: skip
 
     def peer(self) -> Taken:
         bench = self.bench
         home = {"home": str(bench.work / f"nnunet_{self.name}"), "python": bench.peers, "threads": bench.threads}
-        return self._kept("nnunet", "nnunet", commands.CODE, {**self.parameters, **home})
+        return self._kept("nnunet", "nnunet", {**self.parameters, **home})
 
-    def _kept(self, which: str, function: str, code: list[Path], parameters: Mapping) -> Taken:
+    def _kept(self, which: str, function: str, parameters: Mapping) -> Taken:
         side = Side(which, f"benchmarks.trainings:{function}", parameters, "peer", rounds=1, cold=True, at_home=True)
 
         def work() -> dict:
@@ -127,8 +126,10 @@ class _Trainings:
                 raise RuntimeError(taken.problem)
             return vars(taken)
 
+        # nnU-Net learns the same whatever segkit is: of that its result needs the reader and the Dice alone
+        code = [path for path in code_of(HERE / "trainings.py") if function == "segkit" or path != SEGKIT]
         try:
-            return Taken(**self.bench.store.once(f"quality_{self.name}_{which}", work, [*code, HERE / "trainings.py"]))
+            return Taken(**self.bench.store.once(f"quality_{self.name}_{which}", work, code))
         except RuntimeError as error:
             return Taken(problem=str(error))
 
@@ -142,7 +143,7 @@ class _Trainings:
             frame = FRAME if self.name == "phantoms" else (max(1, total // 16), *FRAME[1:])
             return {name: headline(data, voter)["macro_dice"] for name, voter in voters(data, frame).items()}
 
-        return self.bench.store.once(f"quality_{self.name}_voters", work, [SEGKIT, HERE / "voting.py"])
+        return self.bench.store.once(f"quality_{self.name}_voters", work, code_of(HERE / "voting.py"))
 
     def ceiling(self) -> float:
         def work() -> float:

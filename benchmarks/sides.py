@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FAILED = "failed: "
+"""Begins the problem of a side that may do better another time: an error, or an end from outside."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.sides import ROOT, Side, Taken
+from benchmarks.sides import FAILED, ROOT, Side, Taken
 from segkit.runs import write_json
 
 
@@ -91,9 +92,12 @@ class Store:
         if kept is not None:
             return kept
         result = measure()
+        self._keep(name, result, sources)
+        return result
+
+    def _keep(self, name: str, result: object, sources: Sequence[Path]) -> None:
         content = {"conditions": self.conditions, "code": fingerprint(sources), "result": result}
         write_json(self.folder / f"{name}.json", content)
-        return result
 
     def kept(self, name: str, sources: Sequence[Path] = ()) -> object | None:
         """The result of `name`, None where there is none, or one of other conditions or code."""
@@ -105,8 +109,28 @@ class Store:
             return None
 
     def table(self, name: str, measure: Callable[[], Table], sources: Sequence[Path] = ()) -> Table:
-        """`once` for a table."""
-        return Table.from_json(self.once(name, lambda: asdict(measure()), sources))
+        """`once` for a table; where a side failed it is not kept, so that the next run tries again."""
+        kept = self.kept(name, sources)
+        if kept is not None:
+            return Table.from_json(kept)
+        table = measure()
+        if not any(row.notes.startswith(FAILED) for row in table.rows):
+            self._keep(name, asdict(table), sources)
+        return table
+
+
+def code_of(module: Path) -> list[Path]:
+    """What a result of a module of benchmarks/ depends on: segkit, the module, and what it imports of benchmarks."""
+    found, rest = {ROOT / "benchmarks" / "worker.py"}, [module.resolve()]
+    while rest:
+        if (source := rest.pop()) in found:
+            continue
+        found.add(source)
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks":
+                names = [node.module.split(".")[1]] if "." in node.module else [name.name for name in node.names]
+                rest += [ROOT / "benchmarks" / f"{name}.py" for name in names]
+    return [ROOT / "segkit", *sorted(found)]
 
 
 def fingerprint(sources: Sequence[Path]) -> str:

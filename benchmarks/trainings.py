@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 BATCHES = {"torso": 4, "phantoms": 8}
 ITERATIONS = 25
 """Of an epoch of nnU-Net's; its usual 250 would not end in time."""
+CALIBRATION = 6
+"""Epochs from which nnU-Net's number of epochs is chosen; the first half of them are slower."""
 FEATURES = (16, 32, 64, 128)
 SHAPES = {"torso": (112, 128), "phantoms": (64, 96)}
 STRONG = {
@@ -120,7 +123,7 @@ def nnunet(
     stage_dir: str,
     name: str,
     seconds: float,
-    device: str | None,
+    device: str,
     home: str,
     python: str,
     threads: int,
@@ -131,7 +134,7 @@ def nnunet(
     from segkit.dataset import open_data
 
     data = open_data(data_dir, stage_dir, progress=False)
-    prepared = NnUNet(Path(home), python, threads, device or "cpu")
+    prepared = NnUNet(Path(home), python, threads, device)
     structures = inputs.write_single_labels(data, prepared.raw, {"Tr": data.split.train, "Ts": data.split.test})
 
     def work() -> dict:
@@ -142,15 +145,16 @@ def nnunet(
             min(FEATURES[0] * 2**level, 2 * FEATURES[-1]) for level in range(levels)
         ]
         prepared.configure({"batch_size": BATCHES[name], "architecture": plan["architecture"]})
-        epochs = max(2, round(seconds / prepared.train(3, ITERATIONS)))
+        warm = prepared.train(CALIBRATION, ITERATIONS)[CALIBRATION // 2 :]
+        epochs = max(2, round(seconds / statistics.median(warm)))
         started = time.perf_counter()
-        epoch = prepared.train(epochs, ITERATIONS)
+        training_s = sum(prepared.train(epochs, ITERATIONS))
         train_s = time.perf_counter() - started
         predictions = Path(home) / "predictions"
         predict_s = prepared.predict(prepared.raw / "imagesTs", predictions)
         return {
             **score_of(data, Kept(data, predictions, structures)),
-            "seconds": epoch * epochs, "slices": epochs * ITERATIONS * BATCHES[name], "prepare_s": prepare_s,
+            "seconds": training_s, "slices": epochs * ITERATIONS * BATCHES[name], "prepare_s": prepare_s,
             "train_s": train_s, "predict_s": predict_s, "levels": levels,
             "patch": " x ".join(map(str, plan["patch_size"])),
         }  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.sides import ROOT, Side, Taken
+from benchmarks.sides import FAILED, ROOT, Side, Taken
 
 LOOK_SECONDS = 0.25
 """How often the memory of a side that is at work is looked at."""
@@ -87,7 +87,7 @@ class _Worker:
         try:
             print("go", file=self.process.stdin, flush=True)
         except OSError:
-            self.taken.problem = "stopped: its process ended"
+            self.taken.problem = f"{FAILED}its process ended"
             return
         answer = self.answer(limits)
         if "seconds" in answer:
@@ -107,7 +107,7 @@ class _Worker:
             if time.monotonic() - started > limits.seconds:
                 return self._give_up(f"stopped after {limits.seconds:.0f} s without an end")
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"problem": "stopped: its process was ended from outside"}
+        answer = json.loads(line) if line else {"problem": f"{FAILED}its process was ended from outside"}
         self.taken.problem = answer.get("problem", "")
         return answer
 

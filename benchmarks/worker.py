@@ -17,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
+from benchmarks.sides import FAILED
+
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -32,12 +34,13 @@ def main() -> None:
             _wait_for_device()
             seconds = time.perf_counter() - started
             answer = {"seconds": seconds, "found": found if isinstance(found, dict) else {}, "peak_mb": peak_mb()}
-            print(json.dumps({**answer, "device_mb": device_mb()}), file=answers)
+            # a command says itself what it held on the GPU
+            print(json.dumps({**answer, "device_mb": answer["found"].get("device_mb", device_mb())}), file=answers)
     except ModuleNotFoundError as error:
         print(json.dumps({"problem": f"left out: {error.name} is not installed there"}), file=answers)
     except Exception as error:  # noqa: BLE001 - whatever a side stops with is its result
         traceback.print_exc()
-        print(json.dumps({"problem": f"stopped: {type(error).__name__}: {error}"[:300]}), file=answers)
+        print(json.dumps({"problem": f"{FAILED}{type(error).__name__}: {error}"[:300]}), file=answers)
 
 
 def _end_with(parent: int) -> None:

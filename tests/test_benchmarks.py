@@ -16,7 +16,7 @@ from conftest import ROOT, write_nifti
 
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import chart, growth, inputs, nnunet, page, predicting, tables, trainings, turns, voting
+from benchmarks import chart, gpu_memory, growth, inputs, nnunet, page, predicting, tables, trainings, turns, voting
 from benchmarks.__main__ import Work, measure_all, works
 from benchmarks.bench import QUICK, Bench
 from benchmarks.sides import Side, Taken
@@ -67,7 +67,7 @@ def test_a_side_that_is_missing_stops_or_needs_too_much_leaves_the_others_alone(
         rounds=1, tmp_path=tmp_path, mb=500,
     )  # fmt: skip
     assert taken["missing"].problem == "left out: no_such_peer is not installed there"
-    assert taken["broken"].problem == "stopped: ValueError: what went wrong"
+    assert taken["broken"].problem == "failed: ValueError: what went wrong"
     assert taken["greedy"].problem.startswith("stopped: needs more than 0 GiB") and taken["greedy"].median is None
     assert taken["fine"].problem == "" and len(taken["fine"].seconds) == 1
 
@@ -212,9 +212,46 @@ def test_a_result_of_other_code_is_not_taken(tmp_path):
     assert store.kept("n") is None
 
 
+def test_a_table_with_a_side_that_failed_is_tried_again(tmp_path):
+    store = Store(tmp_path, {})
+    for problem, kept in (("failed: ValueError: x", False), ("left out: x is not installed there", True)):
+        table = Table("t", "T", "", [Row("a", "segkit", 1.0), Row("b", "peer", notes=problem)])
+        assert store.table(problem[:4], lambda table=table: table) == table
+        assert (store.kept(problem[:4]) is not None) == kept
+
+
+def test_a_result_depends_on_what_its_module_imports():
+    def names(module):
+        return {path.name for path in tables.code_of(ROOT / "benchmarks" / f"{module}.py")}
+
+    assert {"segkit", "quality.py", "trainings.py", "voting.py", "learning.py", "nnunet.py", "inputs.py", "turns.py",
+            "worker.py"} <= names("quality")  # fmt: skip
+    assert not {"page.py", "chart.py", "__main__.py", "growth.py", "scoring.py"} & names("quality")
+    assert "nnunet.py" not in names("scoring") and "training_step.py" in names("predicting")
+
+
+def test_what_a_command_held_on_the_gpu_is_read_from_its_file(tmp_path):
+    """With a torch that says it had a GPU: the module runs as it would, with its arguments and exit code."""
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_initialized = staticmethod(lambda: True)\n"
+        "    max_memory_allocated = staticmethod(lambda: 300 * 2**20)\n"
+    )
+    (tmp_path / "work.py").write_text("import sys\nif __name__ == '__main__':\n    sys.exit(len(sys.argv))\n")
+    (tmp_path / "script").write_text("import sys\nsys.exit(10 + len(sys.argv))\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for what, code in ((["-m", "work", "a"], 2), ([str(tmp_path / "script"), "a", "b"], 13)):
+        command, held = gpu_memory.watched([sys.executable, *what], "cuda:0", tmp_path / "held")
+        assert held() == {}
+        assert subprocess.run(command, env=environment, cwd=tmp_path, check=False).returncode == code
+        assert held() == {"device_mb": 300}
+    command, held = gpu_memory.watched([sys.executable, "-m", "work"], "cpu", tmp_path / "held")
+    assert command == [sys.executable, "-m", "work"] and held() == {}
+
+
 def test_the_names_of_works_are_those_of_the_command_line(tmp_path):
     names = [work.name for work in works(Bench(tmp_path, QUICK))]
-    assert names[:2] == ["staging", "fetching"] and names[-1] == "growth" and len(names) == len(set(names))
+    assert names[:2] == ["staging", "fetching"] and names[-2:] == ["growth", "projection"]
+    assert len(names) == len(set(names))
     with pytest.raises(SystemExit, match="no table nothing"):
         measure_all(Bench(tmp_path, QUICK), works(Bench(tmp_path, QUICK)), ["nothing"])
 
@@ -282,7 +319,7 @@ def test_nnunet_raw_data_hold_slabs_as_cases_and_come_back(tmp_path, torso_dir):
 def test_the_time_of_an_epoch_is_read_from_the_log(tmp_path):
     lines = [f"2026-01-01: Epoch time: {seconds} s" for seconds in (30.0, 2.0, 3.0, 4.0)]
     (tmp_path / "training_log_1.txt").write_text("\n".join(["Epoch 0", *lines]))
-    assert nnunet.epoch_seconds(tmp_path) == 3.0
+    assert nnunet.epoch_seconds(tmp_path) == [30.0, 2.0, 3.0, 4.0]
 
 
 def test_a_training_passes_as_many_slices_on_its_way():
