@@ -21,7 +21,7 @@ from segkit.inference import Predictor
 from segkit.ranks import Ranks
 from segkit.settings import NO_AUGMENTATION, TrainSettings
 
-CALIBRATION_SECONDS = 20
+CALIBRATION_SECONDS = 60
 
 BASE = TrainSettings(
     epochs=1, batch_size=8, learning_rate=2e-3, target_shape=(64, 96), features=(16, 32, 64, 128), balance=1.0

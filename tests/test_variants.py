@@ -251,7 +251,7 @@ LABELS = {"bone": 0, "dense": 1, "nothing": 2}
 
 
 def logits_of(predictor, subject, slices):
-    return torch.cat([logits for logits, _ in predictor._logits(predictor.models[0], subject, slices)])
+    return torch.stack([item for items, _ in predictor._logits(predictor.models[0], subject, slices) for item in items])
 
 
 def test_windows_are_blended_as_monai_does_it(subject, monkeypatch):
