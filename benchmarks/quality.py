@@ -126,7 +126,7 @@ class _Trainings:
                 raise RuntimeError(taken.problem)
             return vars(taken)
 
-        # nnU-Net learns the same whatever segkit is: of that its result needs the reader and the Dice alone
+        # nnU-Net learns the same whatever segkit's code is, which only reads and scores for it
         code = [path for path in code_of(HERE / "trainings.py") if function == "segkit" or path != SEGKIT]
         try:
             return Taken(**self.bench.store.once(f"quality_{self.name}_{which}", work, code))

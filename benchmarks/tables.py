@@ -120,8 +120,11 @@ class Store:
 
 
 def code_of(module: Path) -> list[Path]:
-    """What a result of a module of benchmarks/ depends on: segkit, the module, and what it imports of benchmarks."""
-    found, rest = {ROOT / "benchmarks" / "worker.py"}, [module.resolve()]
+    """What a result of a module of benchmarks/ depends on: segkit, the module, and what it imports of benchmarks.
+
+    And what nobody imports: the worker, and the trainer that is copied into nnU-Net.
+    """
+    found, rest = {ROOT / "benchmarks" / f"{name}.py" for name in ("worker", "nnunet_trainer")}, [module.resolve()]
     while rest:
         if (source := rest.pop()) in found:
             continue

@@ -229,8 +229,8 @@ class Predictor:
         """The items that `_compute` gives in the precision of the network, or in float32 where that overflows; and in
         how many parts: more than `parts` where memory asks for it.
 
-        SegkitError that names the slices of `data` where the logits are
-        NaN or infinite all the same: no structure exceeds its threshold by NaN, and the scan would seem empty.
+        SegkitError that names the slices of `data` where the logits are NaN or infinite all the same: no structure
+        exceeds its threshold by NaN, and the scan would seem empty.
         """
         for dtype in dict.fromkeys((precision(model, self.device), torch.float32)):
             computed, parts = in_parts(partial(self._compute, model, mirror, dtype), batch, parts)

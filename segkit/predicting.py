@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -119,16 +120,19 @@ def _claimed(folder: Path) -> Iterator[None]:
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left behind; where one still runs, its scan is locked."""
     left = [(path, folder / name) for path, name in left_behind(folder) if path.is_dir()]
+    left += [(lock, folder / lock.name[1:-5]) for lock in folder.glob(".*.lock") if _is_empty_file(lock)]
     for path, scan in left:
         with suppress(SegkitError, OSError), _claimed(scan):
             discard(path)
-    for lock in folder.glob(".*.lock"):
-        with suppress(SegkitError, OSError):
-            if (
-                lock.is_file() and not lock.is_symlink() and not lock.stat().st_size
-            ):  # another program's holds something
-                with _claimed(folder / lock.name[1:-5]):
-                    pass  # it goes with the claim
+
+
+def _is_empty_file(path: Path) -> bool:
+    """As locks are; what another program keeps under such a name is a folder, a link or holds something."""
+    try:
+        found = path.lstat()
+    except OSError:  # it went meanwhile
+        return False
+    return stat.S_ISREG(found.st_mode) and not found.st_size
 
 
 def _predict(

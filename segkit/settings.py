@@ -218,9 +218,10 @@ def check_target_shape(shape: Sequence[int], levels: int = 4) -> tuple[int, int]
 
 def changed(settings: TrainSettings, stored: dict) -> list[str]:
     """The names of the settings in which these differ from stored ones (`dataclasses.asdict`, through JSON or not)."""
-    differing = []
-    for name, default in ((f.name, _plain(getattr(TrainSettings(), f.name))) for f in fields(settings)):
+    differing, defaults = [], TrainSettings()
+    for name in (f.name for f in fields(settings)):
         # a setting, or an entry of AUGMENTATION, that was not there yet did what its default does
+        default = _plain(getattr(defaults, name))
         before = _plain(stored.get(name, default))
         if isinstance(default, dict) and isinstance(before, dict):
             before = {**default, **before}

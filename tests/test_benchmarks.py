@@ -225,7 +225,7 @@ def test_a_result_depends_on_what_its_module_imports():
         return {path.name for path in tables.code_of(ROOT / "benchmarks" / f"{module}.py")}
 
     assert {"segkit", "quality.py", "trainings.py", "voting.py", "learning.py", "nnunet.py", "inputs.py", "turns.py",
-            "worker.py"} <= names("quality")  # fmt: skip
+            "worker.py", "nnunet_trainer.py"} <= names("quality")  # fmt: skip
     assert not {"page.py", "chart.py", "__main__.py", "growth.py", "scoring.py"} & names("quality")
     assert "nnunet.py" not in names("scoring") and "training_step.py" in names("predicting")
 
