@@ -204,9 +204,11 @@ def evaluate(
     from segkit.dataset import open_run
     from segkit.inference import Predictor
 
-    data = open_run(output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, scoring.jobs)
+    loaded = load_checkpoints(checkpoint or output_dir)
+    data = open_run(
+        output_dir, stage_dir or output_dir / "staged", data_dir, max_subjects, scoring.jobs, model=loaded[0]
+    )
     _report(data.problems)
-    loaded = load_checkpoints(checkpoint or output_dir, data.label_map)
     predictor = Predictor.of(loaded, threshold, batch_size, device)
     kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
     evaluated = evaluation.evaluate(predictor, data.staged, parts, split, kept, scoring)
@@ -283,8 +285,9 @@ def predict(
         _report(outcome.findings)
         print(outcome, *outcome.written, sep="\n", flush=True)
         failed += outcome.scan is None
+        del outcome  # and its volumes, before the next scan is read
     if failed:
-        raise SegkitError(f"{failed} of {len(sources)} scans could not be read, see above")
+        raise SegkitError(f"{failed} of {len(sources)} scans could not be done, see above")
 
 
 def share(

@@ -8,7 +8,7 @@ target pixel's area where it shrinks, so that nothing aliases; the codes by near
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,6 +35,11 @@ class Variation:
     mirrored: torch.Tensor  # bool (B,)
     intensity: torch.Tensor  # float32 (B, 5): factor, shift in HU, standard deviation of the noise in HU, gamma, blur
     noise_seeds: tuple[int, ...]
+
+    def at(self, places: Sequence[int]) -> Variation:
+        """That of the samples at these places."""
+        tensors = {f.name: getattr(self, f.name)[places] for f in fields(self) if f.name != "noise_seeds"}
+        return Variation(**tensors, noise_seeds=tuple(self.noise_seeds[place] for place in places))
 
 
 def draw(settings: Augmentation, seed: int, epoch: int, numbers: Sequence[int]) -> Variation:
@@ -78,22 +83,34 @@ def to_network(
     (`segkit.labels.mirrored_channels`) is needed where slices are mirrored: partners swap, a channel without partner
     counts as not annotated in that sample.
     """
-    shrink = shrinking(batch, target_shape)
-    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
-    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
-    hu = F.avg_pool2d(hu, shrink) if shrink > 1 else hu
+    hu = _fitted(batch, target_shape, variation)
     coarse = sampling_grid(batch, target_shape, variation)
     codes = batch.codes.float()
     if codes.ndim == 3:
         codes = _sample(codes[:, None], coarse, "nearest")[:, 0].long()
     else:
         codes = _sample(codes, coarse, "nearest").long()
-    hu = hu + AIR_HU
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
         hu = vary_intensity(hu, variation)
         codebook, annotated = mirror_targets(codebook, annotated, variation.mirrored, partners)
     return normalize(hu), Targets(codes, codebook, annotated, batch.counted)
+
+
+def _fitted(batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None) -> torch.Tensor:
+    """HU of the pixels of `target_shape`, float32 (B, P, H, W); of a slice the same whatever it shares a batch with."""
+    factors = shrinking(batch, target_shape)
+    if len(set(factors)) > 1:
+        hu = torch.empty(*batch.hu.shape[:2], *target_shape, device=batch.hu.device)
+        for factor in set(factors):
+            places = [place for place, own in enumerate(factors) if own == factor]
+            some = None if variation is None else variation.at(places)
+            hu[places] = _fitted(batch.at(places), target_shape, some)
+        return hu
+    shrink = factors[0]
+    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
+    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
+    return (F.avg_pool2d(hu, shrink) if shrink > 1 else hu) + AIR_HU
 
 
 def examples(
@@ -128,10 +145,10 @@ def pixel_mm(batch: SliceBatch, target_shape: tuple[int, int]) -> torch.Tensor:
     return (extent / torch.tensor(target_shape, device=extent.device)).amax(1)
 
 
-def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> int:
-    """How many samples a side a target pixel needs so that none of its source pixels is stepped over (1 to 8)."""
+def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> list[int]:
+    """Of each slice, how many samples a side a target pixel needs to step over none of its source pixels (1 to 8)."""
     factor = pixel_mm(batch, target_shape) / batch.spacing_mm.amin(1)
-    return int(np.clip(np.ceil(float(factor.max()) - 0.25), 1, 8))
+    return (factor - 0.25).ceil().clamp(1, 8).int().tolist()
 
 
 def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variation | None = None) -> torch.Tensor:

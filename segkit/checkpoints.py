@@ -215,6 +215,11 @@ def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = N
     the file `source`. Raises SegkitError as `load_checkpoint` does, and for a shared model that is not whole.
     """
     source = Path(source)
+    if not source.exists():
+        raise SegkitError(
+            f"{source}: no such checkpoint, no training run there; train first (train_unet.ipynb, or segkit train), "
+            "or give the path of one"
+        )
     if not source.is_dir():
         return [load_checkpoint(source, label_map)]
     paths = shared_files(source) or [_best(folder)[1] for folder in _trainings(source)]
@@ -250,7 +255,10 @@ def _best(folder: Path) -> tuple[float, Path]:
     """The highest validation Dice of a training, and its checkpoint."""
     path = folder / "training_history.json"
     if not path.exists():
-        raise SegkitError(f"{folder}: no training_history.json: train first, or set CHECKPOINT to a file")
+        raise SegkitError(
+            f"{folder}: no training_history.json, no training run there; train first (train_unet.ipynb, or segkit "
+            "train), or set CHECKPOINT to a file"
+        )
     history = read_json(path, "not a training history: set CHECKPOINT to a file, or train again")
     try:
         epochs = [(UNSCORED if row["val_dice"] is None else row["val_dice"], row["epoch"]) for row in history["epochs"]]

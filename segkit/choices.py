@@ -69,16 +69,19 @@ class Format:
     where: str  # the function that writes it, of a `segkit.exports.Job`
     text: str  # what it is, in a line
     of_series: bool = False  # whether only a DICOM series can have it, and the extra dicom is needed
+    file_each: bool = False  # whether each structure has a file that is called after it
 
 
 FORMATS: Mapping[str, Format] = {
     "nifti": Format("segkit.exports:as_nifti", "one NIfTI file, names and colours inside it and in a JSON file"),
-    "masks": Format("segkit.exports:as_masks", "a NIfTI mask a structure, as in the data set; overlaps are kept"),
+    "masks": Format(
+        "segkit.exports:as_masks", "a NIfTI mask a structure, with overlaps, as in the data set", file_each=True
+    ),
     "slicer": Format("segkit.exports:as_slicer", "3D Slicer's .seg.nrrd, overlaps are kept, and a colour table"),
     "itksnap": Format("segkit.exports:as_itksnap", "the NIfTI file and ITK-SNAP's label description"),
     "dicom": Format("segkit.exports:as_dicom", "DICOM SEG that refers to the series of the scan", of_series=True),
-    "stl": Format("segkit.exports:as_stl", "a surface a structure in stl/, mm, LPS"),
-    "ply": Format("segkit.exports:as_ply", "a coloured surface a structure in ply/, mm, LPS"),
+    "stl": Format("segkit.exports:as_stl", "a surface a structure in stl/, mm, LPS", file_each=True),
+    "ply": Format("segkit.exports:as_ply", "a coloured surface a structure in ply/, mm, LPS", file_each=True),
     "html": Format("segkit.exports:as_html", "a 3D page that opens in a browser without a network"),
     "csv": Format("segkit.exports:as_csv", "volume in ml, mean HU, bounding box of each structure"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from segkit.phantom import write_phantoms
 from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
 from segkit.splits import SPLITS, Part, Split, make_split
 from segkit.staging import StagedSubject, stage, structures_in
-from segkit.subjects import find_subjects, select_subjects
+from segkit.subjects import Subject, find_subjects, select_subjects
 from segkit.untrusted import read_json
 
 
@@ -154,6 +155,80 @@ def open_data(
     return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out)
 
 
+class Judged(Protocol):
+    """What `open_run` asks of a model, such as a `checkpoints.Checkpoint`."""
+
+    @property
+    def path(self) -> Path:
+        """Its file; in a run's folder split.json lies beside it."""
+
+    @property
+    def label_map(self) -> dict[str, int]:
+        """Structure -> channel."""
+
+
+def open_run(
+    output_dir: str | Path,
+    stage_dir: str | Path,
+    data_dir: str | Path | None = None,
+    max_subjects: int | None = None,
+    jobs: int | None = 1,
+    progress: bool = True,
+    model: Judged | None = None,
+) -> Data:
+    """The data of the training run in `output_dir`, with its own label map and split; what the analysis opens.
+
+    `data_dir` may be where these data lie now, or another data set: then the test subjects that it names are taken,
+    or all of its subjects. `max_subjects` keeps the first test subjects.
+
+    model: what is to be judged; by default the run's own. The label map is the model's, and test subjects that it was
+    trained on or chosen by are left out, with a finding that names them: its own run's split.json lies beside it. Of a
+    model without one, as of a shared one, a finding says that this is not known. With a model and `data_dir` there need
+    be no run in `output_dir`.
+
+    Raises SegkitError where there is no run, its data are gone, or the model has seen all of its test subjects.
+    """
+    if max_subjects is not None and max_subjects < 1:
+        raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
+    run, known = Path(output_dir), dict[str, int]()
+    if model is not None and data_dir is not None and not (run / "split.json").exists():
+        trained_on, split = Path(data_dir), Split((), (), (), "")
+    else:
+        trained_on, known, split = _read_split(_there(run / "split.json"))
+    label_map = load_label_map(_there(run / "label_map.json")) if model is None else model.label_map
+    folder = trained_on if data_dir is None else Path(data_dir)
+    subjects, problems = find_subjects(folder)
+    # by name and size of the scan, not by folder: training subjects stay training subjects when data move
+    if not any(known.get(subject.name) == _ct_bytes(subject) for subject in subjects):
+        test = [s.name for s in subjects if s.split == "test"] or [s.name for s in subjects]
+        split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
+    split, seen = _without_seen(split, subjects, (run if model is None else model.path.parent) / "split.json")
+    split = replace(split, test=split.test[:max_subjects])
+    names = {part.subject for part in split.test}
+    tested = [subject for subject in subjects if subject.name in names]
+    if len(tested) < len(names):
+        gone = sorted(names - {subject.name for subject in tested})
+        raise SegkitError(f"{folder}: test subjects of {run / 'split.json'} are missing: {', '.join(gone[:5])}")
+    staged, left_out = stage(tested, stage_dir, jobs, progress)
+    by_name = {subject.name: subject for subject in staged}
+    split = replace(split, test=tuple(part for part in split.test if part.subject in by_name))
+    return Data(folder, by_name, split, label_map, problems + seen + left_out)
+
+
+def _there(path: Path) -> Path:
+    """The path of a run's file. Raises SegkitError where it is not there."""
+    if not path.exists():
+        raise SegkitError(
+            f"{path} is missing: no training run there; train first (train_unet.ipynb, or segkit train), give the "
+            "OUTPUT_DIR of a training, or to judge another model its CHECKPOINT and the DATA_DIR of labelled scans"
+        )
+    return path
+
+
+def _ct_bytes(subject: Subject) -> int:
+    return subject.ct.stat().st_size
+
+
 def _read_split(path: Path) -> tuple[Path, dict[str, int], Split]:
     """Where a run's data lay, the size of each CT, and its split, from `split.json`."""
     content = read_json(path, "train again")
@@ -167,43 +242,34 @@ def _read_split(path: Path) -> tuple[Path, dict[str, int], Split]:
     return data_dir, sizes, split
 
 
-def open_run(
-    output_dir: str | Path,
-    stage_dir: str | Path,
-    data_dir: str | Path | None = None,
-    max_subjects: int | None = None,
-    jobs: int | None = 1,
-    progress: bool = True,
-) -> Data:
-    """The data of the training run in `output_dir`, with its own label map and split; what the analysis opens.
+def _without_seen(split: Split, subjects: Sequence[Subject], path: Path) -> tuple[Split, list[Finding]]:
+    """`split` without the test parts that a model has seen, by the split.json at `path` of its training; findings.
 
-    `data_dir` may be where these data lie now, or another data set: then the test subjects that it names are taken,
-    or all of its subjects. `max_subjects` keeps the first test subjects. Raises SegkitError where there is no run
-    or its data are gone.
+    Where the test is of validation subjects anyhow, those of the model stay. Raises SegkitError where nothing is left.
     """
-    output_dir = Path(output_dir)
-    for path in (output_dir / "label_map.json", output_dir / "split.json"):
-        if not path.exists():
-            raise SegkitError(
-                f"{path} is missing: no training run there; train first (train_unet.ipynb, or segkit train), or give "
-                "the OUTPUT_DIR of a training"
-            )
-    label_map = load_label_map(output_dir / "label_map.json")
-    trained_on, known, split = _read_split(output_dir / "split.json")
-    if max_subjects is not None and max_subjects < 1:
-        raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
-    folder = trained_on if data_dir is None else Path(data_dir)
-    subjects, problems = find_subjects(folder)
-    # by name and size of the scan, not by folder: training subjects stay training subjects when data move
-    if not any(known.get(subject.name) == subject.ct.stat().st_size for subject in subjects):
-        test = [s.name for s in subjects if s.split == "test"] or [s.name for s in subjects]
-        split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
-    split = replace(split, test=split.test[:max_subjects])
-    tested = [subject for subject in subjects if subject.name in {part.subject for part in split.test}]
-    if len(tested) < len({part.subject for part in split.test}):
-        gone = sorted({part.subject for part in split.test} - {subject.name for subject in tested})
-        raise SegkitError(f"{folder}: test subjects of {output_dir / 'split.json'} are missing: {', '.join(gone[:5])}")
-    staged, left_out = stage(tested, stage_dir, jobs, progress)
-    by_name = {subject.name: subject for subject in staged}
-    split = replace(split, test=tuple(part for part in split.test if part.subject in by_name))
-    return Data(folder, by_name, split, label_map, problems + left_out)
+    if not path.is_file():
+        text = f"{path} is missing: nobody knows here what the model was trained on; scores of that would be too good"
+        return split, [Finding("", "warning", "training not known", text)]
+    _, known, learned = _read_split(path)
+    of_model = learned.train if split.test_name == "val" else (*learned.train, *learned.val)
+    same = {subject.name for subject in subjects if known.get(subject.name) == _ct_bytes(subject)}
+    seen = [part for part in split.test if part.subject in same and any(part.meets(other) for other in of_model)]
+    names = sorted({part.subject for part in seen})
+    many = f"{len(seen)} of {len(split.test)} test subjects ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
+    if len(seen) == len(split.test):
+        raise SegkitError(
+            f"{path}: the model was trained on, or chosen by, {many}: nothing is left to judge it by; give the "
+            "OUTPUT_DIR of its own run, or the DATA_DIR of other scans"
+        )
+    alike = sorted({part.subject for part in of_model} & {part.subject for part in split.test} - same)
+    findings = []
+    if seen:
+        text = f"{path}: the model was trained on, or chosen by, {many}: they are left out"
+        findings.append(Finding("", "warning", "seen in training", text))
+    if alike:
+        text = (
+            f"{len(alike)} test subjects are called like training subjects, such as {alike[0]}, with CT files of "
+            "another size: taken for other scans. If they are the same ones, written anew, scores are too good"
+        )
+        findings.append(Finding("", "warning", "names of training", text))
+    return replace(split, test=tuple(part for part in split.test if part not in seen)), findings

@@ -9,19 +9,26 @@ import torch
 from segkit.errors import SegkitError
 
 
+def best_device() -> torch.device:
+    """The kind of device that there is, the fastest one. Nothing is computed on it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best there is. SegkitError if missing."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best there is.
+
+    Raises SegkitError for one that is missing, or on which this torch cannot compute.
+    """
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = best_device() if name is None else torch.device(name)
+        torch.ones(1, device=device).add_(1).item()  # a computation: torch may lack it for a GPU that it sees
     except (RuntimeError, AssertionError) as error:
         why = "torch knows no such device" if "device string" in str(error) else str(error).splitlines()[0]
+        asked = f"DEVICE = {name!r}" if name is not None else f"DEVICE = None, here {best_device()},"
         raise SegkitError(
-            f"DEVICE = {name!r} is not usable here ({why}): give cpu, cuda, cuda:1 or mps; None: the best there is"
+            f"{asked} is not usable here ({why}): give cpu, cuda, cuda:1 or mps; None: the best there is"
         ) from error
     return device
 

@@ -18,6 +18,7 @@ from segkit.inference import Segmentation
 from segkit.labels import check_name, rgb_of
 from segkit.measuring import measure
 from segkit.meshes import Mesh, make_meshes
+from segkit.reading import refuse
 from segkit.runs import write_csv, write_whole, write_whole_folder
 from segkit.scans import Scan, ScanSource
 
@@ -55,7 +56,6 @@ class Job:
 
 def as_masks(job: Job) -> None:
     """`segmentations/<structure>.nii.gz`, a mask each."""
-    _check_files_of_their_own(job)
     job.files_in("segmentations", lambda folder: write_mask_files(folder, job.codes, job.scan.grid))
 
 
@@ -93,7 +93,7 @@ def as_slicer(job: Job) -> None:
 
 
 def as_dicom(job: Job) -> None:
-    """`<scan>_seg.dcm`, and further ones where structures overlap. SubjectError for a series that cannot have it."""
+    """`<scan>_seg.dcm`, and further ones where structures overlap. SegkitError for a series that cannot have it."""
     segmentations = dicom_seg.make_segmentations(job.codes, job.scan.grid, job.scan.files)
     for number, made in enumerate(segmentations, start=1):
         job.file("_seg.dcm" if number == 1 else f"_seg_{number}.dcm", made.save_as)
@@ -104,7 +104,6 @@ def as_dicom(job: Job) -> None:
 
 def as_stl(job: Job) -> None:
     """`stl/<structure>.stl`, a surface each."""
-    _check_files_of_their_own(job)
 
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
@@ -115,7 +114,6 @@ def as_stl(job: Job) -> None:
 
 def as_ply(job: Job) -> None:
     """`ply/<structure>.ply`, a coloured surface each."""
-    _check_files_of_their_own(job)
 
     def write(folder: Path) -> None:
         for name, mesh in job.meshes.items():
@@ -123,18 +121,6 @@ def as_ply(job: Job) -> None:
             mesh_files.write_ply(path, mesh.vertices, mesh.faces, rgb_of(name), name)
 
     job.files_in("ply", write)
-
-
-def _check_files_of_their_own(job: Job) -> None:
-    """SegkitError for two structures whose files would be one on Windows and macOS, where case does not count."""
-    seen: dict[str, str] = {}
-    for name in job.codes.structures:
-        other = seen.setdefault(name.casefold(), name)
-        if other != name:
-            raise SegkitError(
-                f"structures {other} and {name} differ in case alone: on Windows and macOS one file would overwrite "
-                "the other; rename one of them, or choose a format with one file for all"
-            )
 
 
 def as_html(job: Job) -> None:
@@ -149,20 +135,59 @@ def as_csv(job: Job) -> None:
     job.file("_structures.csv", lambda path: write_csv(path, table, float_format="%.6g"))
 
 
-def check_formats(formats: Sequence[str], sources: Sequence[ScanSource] = ()) -> None:
-    """Raise SegkitError for a format that there is not, whose packages are missing, or that a source cannot have."""
+def check_formats(formats: Sequence[str], sources: Sequence[ScanSource] = (), structures: Sequence[str] = ()) -> None:
+    """Raise SegkitError for a format that there is not, whose packages are missing, or that is not possible.
+
+    sources: the scans, which for DICOM must be series with a file a slice. structures: what may be found; where each
+    has a file of its own, no two names may differ in case alone.
+    """
     for name in formats:
         if name not in FORMATS:
             raise SegkitError(f"format {name!r}: expected one or more of {', '.join(FORMATS)}")
-        if not FORMATS[name].of_series:
-            continue
-        dicom_seg.check_installed()
-        for source in sources:
-            if source.series is None:
-                raise SegkitError(
-                    f"{source.path}: format {name!r} refers to the images of a DICOM series, and this is none; choose "
-                    "'nifti' or 'slicer', or give the series as input"
-                )
+        if FORMATS[name].file_each:
+            _check_files_of_their_own(structures)
+        if FORMATS[name].of_series:
+            dicom_seg.check_installed()
+            for source in sources:
+                _check_series(name, source)
+
+
+def _check_files_of_their_own(structures: Sequence[str]) -> None:
+    """SegkitError for two structures whose files would be one on Windows and macOS, where case does not count."""
+    seen: dict[str, str] = {}
+    for name in structures:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise SegkitError(
+                f"structures {other} and {name} differ in case alone: on Windows and macOS one file would overwrite "
+                "the other; rename one of them, or choose a format with one file for all"
+            )
+
+
+def _check_series(name: str, source: ScanSource) -> None:
+    if source.series is None:
+        raise SegkitError(
+            f"{source.path}: format {name!r} refers to the images of a DICOM series, and this is none; choose 'nifti' "
+            "or 'slicer', or give the series as input"
+        )
+    if len(source.series.files) < len(source.series.planes):
+        raise SegkitError(
+            f"{source.path}: format {name!r} refers to a file a slice, and this series has several slices in one "
+            "(an enhanced image); choose 'nifti' or 'slicer'"
+        )
+
+
+def check_scan(formats: Sequence[str], scan: Scan, findings: Findings) -> None:
+    """Raise SubjectError for a scan that cannot be written in one of `formats`, before anybody segments it.
+
+    The reason goes into `findings`, too.
+    """
+    if any(FORMATS[name].of_series for name in formats):
+        try:
+            dicom_seg.check_series(scan.grid, scan.files)
+        except SegkitError as error:
+            findings.add("error", "format", error)
+        refuse(findings)
 
 
 def write(
@@ -173,7 +198,7 @@ def write(
     Shape, orientation and affine are those of the scan's file. What a format cannot hold goes into `findings`. Raises
     SegkitError as `check_formats`, and where a structure's name is not safe in a file.
     """
-    check_formats(formats)
+    check_formats(formats, structures=segmentation.codes.structures)
     for name in segmentation.codes.structures:
         check_name(name)
     job = Job(scan, segmentation, Path(folder), findings)

@@ -164,28 +164,28 @@ def _name(scores: pd.DataFrame, metric: str) -> str:
     return DRAWN[metric] + tolerance
 
 
-def plot_success_rates(scores: pd.DataFrame, split: str) -> Figure:
-    """Share of the cases at or above each Dice threshold, a curve a group; the thresholds of the table are marked."""
+def plot_success_rates(scores: pd.DataFrame, split: str, thresholds: Sequence[float] = SUCCESS_THRESHOLDS) -> Figure:
+    """Share of the cases at or above each Dice threshold, a curve a group; `thresholds` are marked."""
     held = scores[scores["present"] & scores["dice"].notna()]
     if held.empty:
         return sentence(f"success rate, {split} split: the reference holds no structure")
-    thresholds = np.arange(101) / 100
+    drawn = np.arange(101) / 100
     figure, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
     groups = groups_in(held)
     for place, group in enumerate(groups):
         values, style = held.loc[held["group"] == group, "dice"].to_numpy(), GROUP_STYLES[group]
         axes.plot(
-            thresholds, (values[:, None] >= thresholds).mean(0), color=style.color, ls=style.line, lw=1.4, ms=5,
+            drawn, (values[:, None] >= drawn).mean(0), color=style.color, ls=style.line, lw=1.4, ms=5,
             marker=style.marker, markevery=(2 * place, 20), label=f"{group} ({len(values)})",
         )  # fmt: skip
-    shares = (held["dice"].to_numpy()[:, None] >= thresholds).mean(0)
-    axes.plot(thresholds, shares, color=BLACK, lw=2.6, label=f"all ({len(held)})")
-    for threshold in SUCCESS_THRESHOLDS:
+    shares = (held["dice"].to_numpy()[:, None] >= drawn).mean(0)
+    axes.plot(drawn, shares, color=BLACK, lw=2.6, label=f"all ({len(held)})")
+    for threshold in thresholds:
         axes.axvline(threshold, color="#999999", lw=0.8, ls=":", zorder=0)
     marked = axes.secondary_xaxis("top")
-    rates = [(held["dice"] >= threshold).mean() for threshold in SUCCESS_THRESHOLDS]
-    labels = [f"≥ {threshold:g}\n{rate:.0%}" for threshold, rate in zip(SUCCESS_THRESHOLDS, rates, strict=True)]
-    marked.set_xticks(SUCCESS_THRESHOLDS, labels, fontsize=8)
+    rates = [(held["dice"] >= threshold).mean() for threshold in thresholds]
+    labels = [f"≥ {threshold:g}\n{rate:.0%}" for threshold, rate in zip(thresholds, rates, strict=True)]
+    marked.set_xticks(list(thresholds), labels, fontsize=8)
     axes.set(xlabel="Dice threshold", ylabel="share of cases at or above it", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"Success rate, {split} split (above: share of all {counted(len(held), 'case')})", fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3.5)

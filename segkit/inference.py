@@ -196,7 +196,7 @@ class Predictor:
             return
         data = SliceDataset({subject.name: subject}, parts, self.label_map, getattr(model, "in_channels", 1) // 2)
         count = 1  # of parts of a batch, more once memory ran out
-        for batch in batches(data, range(len(data)), self.batch_size):
+        for batch in batches(data, range(len(data)), self.batch_size, device=self.device):
             logits, count = self._run(model, batch, mirror, data, count)
             yield logits, batch
 
@@ -210,7 +210,7 @@ class Predictor:
         left = [slices[i : i + self.batch_size] for i in range(0, len(slices), self.batch_size)][::-1]
         sums: dict[int, torch.Tensor] = {}
         count = 1
-        for batch in batches(data, range(len(data)), max(1, self.batch_size // depth)):
+        for batch in batches(data, range(len(data)), max(1, self.batch_size // depth), device=self.device):
             of_batch, count = self._run(model, batch, mirror, data, count)
             for number, logits in zip(batch.numbers.tolist(), of_batch, strict=True):
                 start = starts[number]

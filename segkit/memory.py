@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,6 +91,23 @@ def halve_until_it_fits(attempt: Callable[[int], object], slices: int, parts: in
         parts = min(2 * parts, slices)  # after the except block, which holds on to what the attempt made
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def no_second_try(parts: int) -> Iterator[None]:
+    """SegkitError that says what to do where a GPU's memory runs out in the block, in a step of several processes.
+
+    They wait for each other inside it, so that none can try it again alone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SegkitError(
+            f"the memory of the device ran out ({str(error).splitlines()[0]}), and among several processes none can "
+            f"try a step again: go on with ACCUMULATE = {2 * parts} and RESUME = True, or lower BATCH_SIZE"
+        ) from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

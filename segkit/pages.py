@@ -15,19 +15,33 @@ from segkit.runs import write_whole
 
 DISTANCE_COLORS = "Viridis"  # from dark to bright also for the colour-blind and in print
 FALSE_ALARM_COLOR = "#9e9e9e"  # grey: no distance to a surface that is not there
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>body {{ margin: 0; }}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 SIDE = {"showbackground": False, "showgrid": True, "gridcolor": "#dddddd", "zeroline": False}
 
 
-def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Figure:
-    """A plotly figure of layers ("ground truth", "prediction") of meshes, a legend each.
+def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]], note: str = "") -> go.Figure:
+    """A plotly figure of layers ("ground truth", "prediction") of meshes, a legend each; `note` follows in its title.
 
     In a legend: a click on a structure switches it, a double click its whole group, a click on the legend's title the
     whole layer. The first layer starts visible, the others in their legend only. Buttons colour these others by the
     distance of each vertex to the same structure's surface in the first, in mm; grey is what the first does not hold,
-    be it absent or not annotated.
+    be it absent or not annotated. Letters say which side of the patient lies where, however the view is turned.
     Raises SegkitError for names of the subject or of a structure that are not safe (`segkit.labels.check_name`).
     """
     layers = {html.escape(layer): meshes for layer, meshes in layers.items()}
+    box = _box([mesh for meshes in layers.values() for mesh in meshes.values()])
     first, reference = next(iter(layers.items()), ("", {}))
     figure = go.Figure()
     for place, (layer, meshes) in enumerate(layers.items()):
@@ -37,13 +51,14 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
                 _add_distances(figure.data[-1], meshes[name], reference.get(name), first)
     legends = {_legend_id(place): _legend(layer, place) for place, layer in enumerate(layers)}
     figure.update_layout(
-        title={"text": f"{check_name(subject)}, from the front", "x": 0.01, "font": {"size": 15}},
+        title={"text": f"{check_name(subject)}, from the front{note}", "x": 0.01, "font": {"size": 15}},
         scene={
             "aspectmode": "data",
-            "xaxis": {**SIDE, "nticks": 4, "title": "left — right (mm)"},
-            "yaxis": {**SIDE, "nticks": 3, "title": "back — front (mm)"},  # seen from its end
-            "zaxis": {**SIDE, "title": "feet — head", "ticksuffix": " mm"},
-            "camera": _from_the_front([mesh for meshes in layers.values() for mesh in meshes.values()]),
+            "xaxis": {**SIDE, "nticks": 4, "title": "x (mm)"},
+            "yaxis": {**SIDE, "nticks": 3, "title": "y (mm)"},  # seen from its end
+            "zaxis": {**SIDE, "title": "z (mm)"},
+            "camera": _from_the_front(box),
+            "annotations": _sides(box),
         },
         margin={"l": 0, "r": 0, "t": 45, "b": 0},
         paper_bgcolor="white",
@@ -57,14 +72,35 @@ def mesh_figure(subject: str, layers: Mapping[str, Mapping[str, Mesh]]) -> go.Fi
 def write_page(path: str | Path, figure: go.Figure) -> Path:
     """Write a figure as one HTML file that opens without a network: plotly.js is inside."""
     config = {"displaylogo": False, "responsive": True}
-    page = figure.to_html(include_plotlyjs=True, full_html=True, config=config, default_height="100vh")
+    body = figure.to_html(include_plotlyjs=True, full_html=False, config=config, default_height="100vh")
+    page = _PAGE.format(title=html.escape(figure.layout.title.text), body=body)
     return write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
-def _from_the_front(meshes: Sequence[Mesh]) -> dict:
-    """A camera in front of the patient, whose right is on the left of the picture, from where everything is seen."""
+def _box(meshes: Sequence[Mesh]) -> np.ndarray:
+    """What holds all meshes: float (2, 3), its lowest and highest corner in mm; that of a unit cube without meshes."""
     corners = np.array([corner for mesh in meshes for corner in (mesh.vertices.min(0), mesh.vertices.max(0))])
-    extent = np.ptp(corners, axis=0) if len(corners) else np.ones(3)
+    return np.array([corners.min(0), corners.max(0)]) if len(corners) else np.array([[0.0] * 3, [1.0] * 3])
+
+
+def _sides(box: np.ndarray) -> list[dict]:
+    """Letters at the ends of a box in RAS coordinates: right, left, anterior, posterior, head, feet."""
+    (x, y, z), (left, back, feet), (right, front, head) = box.mean(0), *box
+    # front and back stand at a corner: in the middle one would hide the other, and what lies between them
+    places = {
+        "R": (right, y, z), "L": (left, y, z), "A": (left, front, feet), "P": (left, back, feet), "H": (x, y, head),
+        "F": (x, y, feet),
+    }  # fmt: skip
+    return [
+        {**dict(zip("xyz", map(float, place), strict=True)), "text": f"<b>{letter}</b>", "showarrow": False,
+         "font": {"size": 14}, "bgcolor": "rgba(255,255,255,0.75)"}
+        for letter, place in places.items()
+    ]  # fmt: skip
+
+
+def _from_the_front(box: np.ndarray) -> dict:
+    """A camera in front of the patient, whose right is on the left of the picture, from where a box is seen."""
+    extent = np.ptp(box, axis=0)
     # plotly's unit with the aspect mode "data": the geometric mean of the three extents
     extent = extent / np.prod(extent) ** (1 / 3)
     away = 1.4 * max(extent[0], extent[2]) + extent[1] / 2

@@ -92,17 +92,19 @@ def outlines(volume: CodeVolume) -> list[np.ndarray]:
 
 
 def difference(reference: CodeVolume, prediction: CodeVolume) -> np.ndarray:
-    """Per pixel, int (y, x): 0 background in both, 1 the same structures, 2 missed, 3 false alarm, 4 other structures.
+    """Per pixel, int (y, x): 0 background in both, 1 the same structures, else what is wrong with them.
 
-    Compared on the structures that the reference annotates; what was not annotated is neither right nor wrong.
+    2: some were missed; 3: some are false alarms; 4: both, it was called another structure. Of a lesion inside an organ
+    that was labelled as the organ alone the lesion was missed. Compared on the structures that the reference annotates;
+    what was not annotated is neither right nor wrong.
     """
     names = [name for name in reference.structures if name in prediction.structures]
     ref, pred = (
         volume.codebook[:, [volume.structures.index(name) for name in names]] for volume in (reference, prediction)
     )
-    same = np.all(ref[:, None] == pred[None], axis=2)
-    kinds: np.ndarray = np.where(same, 1, np.where(np.any(pred, 1)[None], np.where(np.any(ref, 1)[:, None], 4, 3), 2))
-    kinds[np.ix_(~ref.any(1), ~pred.any(1))] = 0
+    missed, extra = (ref[:, None] & ~pred).any(axis=2), (~ref[:, None] & pred).any(axis=2)
+    held = ref.any(1, keepdims=True).astype(int)
+    kinds: np.ndarray = np.where(missed, np.where(extra, 4, 2), np.where(extra, 3, held))
     return kinds[reference.codes, prediction.codes]
 
 
@@ -192,7 +194,8 @@ def _tallest(samples: Sequence[tuple]) -> float:
 def spread_slices(volume: CodeVolume, part: Part, number: int) -> list[int]:
     """Slices of `part` evenly spread, from the head down, over those that hold a structure; codes are (z, y, x)."""
     slices = part.slices(len(volume.codes))
-    held = [z for z in slices if volume.codes[z].any()] or slices
+    holds = volume.codebook.sum(1) > 0
+    held = [z for z in slices if holds[volume.codes[z]].any()] or slices
     places = (np.arange(number) + 0.5) / number * len(held)
     return sorted({held[int(place)] for place in places}, reverse=True)
 

@@ -29,7 +29,7 @@ PLAIN = Segmenting()
 
 @dataclass
 class Outcome:
-    """What became of one scan: without `scan` it could not be read, and `findings` says why."""
+    """What became of one scan: without `scan` it could not be read or written, and `findings` says why."""
 
     source: ScanSource
     findings: Findings
@@ -65,12 +65,13 @@ def predict_scans(
 ) -> Iterator[Outcome]:
     """Segment scans one after the other into `folder`/<name>/, in each of `formats` (`choices.FORMATS`).
 
-    A scan's folder appears with all of its files or not at all; memory is that of one scan. A scan that cannot be read
-    is an Outcome without files. With `resume` those whose folder is there are left out. Raises SegkitError before the
-    first scan for a format that there is not or that a scan cannot have, and where a scan's folder holds files; at a
-    scan that another process segments into the same folder, and where there is no room.
+    A scan's folder appears with all of its files or not at all; memory is that of one scan, if the caller keeps no
+    Outcome. A scan that cannot be read, or not be written in a format, is an Outcome without files. With `resume` those
+    whose folder is there are left out. Raises SegkitError before the first scan for a format that there is not or that
+    its kind cannot have, and where a scan's folder holds files; at a scan that another process segments into the same
+    folder, and where there is no room.
     """
-    exports.check_formats(formats, sources)
+    exports.check_formats(formats, sources, predictor.structures)
     folders = {source.name: Path(folder) / source.name for source in sources}
     done = [there for there in folders.values() if _is_done(there)]
     if done and not resume:
@@ -99,9 +100,9 @@ def _predict_each(
         target = folder / source.name
         with _claimed(target):
             # another process may have done it since this one looked
-            outcome = None if _is_done(target) else _predict(predictor, source, target, formats, choices, progress)
-        if outcome is not None:
-            yield outcome
+            done = [] if _is_done(target) else [_predict(predictor, source, target, formats, choices, progress)]
+        while done:
+            yield done.pop()  # its volumes are not kept here while the next scan is read
 
 
 @contextmanager
@@ -147,13 +148,13 @@ def _predict(
         outcome.seconds[name], started = now - started, now
 
     try:
-        outcome.scan = read_scan(source, outcome.findings)
+        scan = read_scan(source, outcome.findings)
+        exports.check_scan(formats, scan, outcome.findings)
     except SubjectError:
         return outcome  # the error is among the findings
+    outcome.scan = scan
     stage_done("read")
-    outcome.segmentation = predictor.segment(
-        outcome.scan, choices.mirror, choices.largest, choices.uncertainty, progress
-    )
+    outcome.segmentation = predictor.segment(scan, choices.mirror, choices.largest, choices.uncertainty, progress)
     stage_done("segmented")
     write_whole_folder(folder, lambda temporary: _write(outcome, temporary, formats))
     outcome.folder, outcome.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())

@@ -43,10 +43,17 @@ def sample_predictions(
     """Slices of the first validation subject on its own grid, as `pictures.plot_predictions` shows them."""
     part = data.split.val[0]
     subject, predictor = data.staged[part.subject], Predictor.of(checkpoints, device=device)
-    chosen = pictures.spread_slices(subject.labels(), part, slices)
+    reference = pictures.only(subject.labels(), data.label_map)  # others are not the network's to find
+    chosen = pictures.spread_slices(reference, part, slices)
     predicted = predictor.predict_slices(subject, chosen)
     samples = [
-        (f"{subject.name}, slice {z}", subject.hu(z), subject.labels(z), predicted[z], subject.spacing_mm[1:])
+        (
+            f"{subject.name}, slice {z}",
+            subject.hu(z),
+            reference.with_codes(reference.codes[z]),
+            predicted[z],
+            subject.spacing_mm[1:],
+        )
         for z in chosen
     ]
     return pictures.plot_predictions(

@@ -104,7 +104,9 @@ def plot_comparison(table: pd.DataFrame, names: tuple[str, str], measure: str = 
     what = f"{f'size of {title}' if MEASURES[measure].signed else title}, {second} less {first}"
     title = f"Difference of {what}: {counted(len(ranked), 'structure')} (in brackets: subjects; line: interval)"
     every = [
-        f"all structures: {row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})" for row in overall.itertuples()
+        f"all structures: {row.difference:+.3f}"
+        + ("" if np.isnan(row.low) else f" ({row.low:+.3f} to {row.high:+.3f})")
+        for row in overall.itertuples()
     ]
     figure.suptitle("\n".join([title, *every]), fontsize=10)
     return figure

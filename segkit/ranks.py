@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from segkit.devices import pick_device
+from segkit.devices import best_device, pick_device
 from segkit.errors import SegkitError
 
 LONGEST_WAIT = timedelta(days=2)
@@ -82,7 +82,7 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def align(self, model: nn.Module) -> None:
-        """Give every rank the first one's buffers: statistics of batch normalisation are a rank's own until then."""
+        """Give every rank the first one's buffers: after a step statistics of batch normalisation are a rank's own."""
         if self.world > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -102,7 +102,9 @@ def join_ranks(device: str | None = None) -> Ranks:
 
     Raises SegkitError for a device that is not there.
     """
-    launched, alone = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # of several processes each gets a GPU of its own below: none of them touches the first one before
+    alone = best_device() if launched > 1 and device is None else pick_device(device)
     if launched == 1:
         return Ranks(alone)
     from accelerate import PartialState  # needed here alone

@@ -12,17 +12,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from segkit import cases, evaluation, figures, meshes, pages, pictures, rankings, summaries
+from segkit.codes import CodeVolume
 from segkit.confusion import worst_pairs
 from segkit.dataset import Data
 from segkit.evaluation import Evaluation
-from segkit.metrics import MEASURES
+from segkit.metrics import MEASURES, SUCCESS_THRESHOLDS
 from segkit.record import data_fingerprint
 from segkit.report_page import Section, write_report_page
 from segkit.runs import make_folder, time_stamp, write_csv, write_json
+from segkit.splits import Part
 from segkit.styles import counted, save_figure
 
 CAPTIONS = {
     "metrics_distribution": "The cases (a subject and a structure that it holds), and a box a group.",
+    "distance_distribution": "The distance in mm that 95 % of the surface stays within, where there is one.",
     "structure_ranking": "Mean Dice over the subjects that hold a structure, with a bootstrap 95 % interval.",
     "success_rates": "The share of the cases that reach a Dice threshold.",
     "dice_by_volume": "Small structures lose more Dice to the same error at their surface.",
@@ -86,17 +89,22 @@ class Report:
         return self.outcome
 
     def distribution(self) -> Figure:
-        """`metrics_distribution_<stamp>.png`."""
+        """`metrics_distribution_<stamp>.png`, of Dice."""
         return self._save("metrics_distribution", figures.plot_distribution(self.evaluated.scores, self.split))
+
+    def distances(self) -> Figure:
+        """`distance_distribution_<stamp>.png`."""
+        figure = figures.plot_distribution(self.evaluated.scores, self.split, "hd95_mm")
+        return self._save("distance_distribution", figure)
 
     def ranking(self) -> Figure:
         """`structure_ranking_<stamp>.png`."""
         table = summaries.per_structure(self.evaluated.scores)
         return self._save("structure_ranking", rankings.plot_ranking(table, self.split))
 
-    def success(self) -> Figure:
+    def success(self, thresholds: Sequence[float] = SUCCESS_THRESHOLDS) -> Figure:
         """`success_rates_<stamp>.png`."""
-        return self._save("success_rates", figures.plot_success_rates(self.evaluated.scores, self.split))
+        return self._save("success_rates", figures.plot_success_rates(self.evaluated.scores, self.split, thresholds))
 
     def volume(self) -> Figure:
         """`dice_by_volume_<stamp>.png`."""
@@ -125,8 +133,7 @@ class Report:
     def visualization(self, subject_name: str | None = None, slices: int = 4) -> Figure:
         """`segmentation_visualization_<stamp>.png`: some slices of a subject, of the first one by default."""
         part = self.data.test_part(subject_name)
-        subject, prediction = self._subject(part.subject)
-        reference = subject.labels()
+        subject, (reference, prediction) = self.data.staged[part.subject], self.layers(part.subject).values()
         samples = [
             (
                 f"{subject.name}, slice {z}",
@@ -142,21 +149,35 @@ class Report:
 
     def page(self, subject_name: str | None = None) -> Path:
         """`3d_<subject>_<stamp>.html`: ground truth and prediction as meshes, and how far apart they are."""
-        subject, prediction = self._subject(self.data.test_part(subject_name).subject)
-        layers = {
-            "ground truth": meshes.make_meshes(subject.labels(), subject.grid),
-            "prediction": meshes.make_meshes(prediction, subject.grid),
-        }
-        path = Path(self.output_dir) / f"3d_{subject.name}_{self.stamp}.html"
-        return self._keep(pages.write_page(path, pages.mesh_figure(subject.name, layers)))
+        part = self.data.test_part(subject_name)
+        grid, layers = self.data.staged[part.subject].grid, self.layers(part.subject)
+        layers_3d = {layer: meshes.make_meshes(volume, grid) for layer, volume in layers.items()}
+        path = Path(self.output_dir) / f"3d_{part.subject}_{self.stamp}.html"
+        return self._keep(pages.write_page(path, pages.mesh_figure(part.subject, layers_3d, self.whole(part))))
 
-    def report(self) -> Path:
-        """`report_<stamp>.html`: the summary, the figures made so far and the tables on one page; after `summary`."""
+    def layers(self, subject_name: str) -> dict[str, CodeVolume]:
+        """What is shown of a subject: "ground truth" and "prediction", codes (z, y, x).
+
+        Of the ground truth no more than the structures that the model knows: others are not missed by it.
+        """
+        subject, prediction = self._subject(subject_name)
+        return {"ground truth": pictures.only(subject.labels(), self.data.label_map), "prediction": prediction}
+
+    def whole(self, part: Part) -> str:
+        """What follows a subject's name where all of its slices are shown: the split, and whether some trained."""
+        return f" ({self.split} split{'' if part.slabs is None else ' and the slices between, which trained'})"
+
+    def report(self, thresholds: Sequence[float] = SUCCESS_THRESHOLDS, protocol: str = "segkit") -> Path:
+        """`report_<stamp>.html`: the summary, the figures made so far and the tables on one page; after `summary`.
+
+        thresholds: of the success rates; protocol: of the means, as in `summaries.aggregate`.
+        """
         scores = self.evaluated.scores
         pairs = worst_pairs(self.evaluated.confusion, scores).head(60)
+        rates = summaries.success_rates(scores, thresholds)
         tables = [
-            Section("Means", MEANS_TEXT, table=means_table(scores)),
-            Section("Success at thresholds", "Of all cases.", table=summaries.success_rates(scores).reset_index()),
+            Section(f"Means, protocol {protocol}", MEANS_TEXT, table=means_table(scores, protocol)),
+            Section("Success at thresholds", "Of all cases.", table=rates.reset_index()),
             *self._sections.values(),
             Section("All structures", "Best first; n: subjects that hold it.", table=summaries.per_structure(scores)),
             Section("All subjects", "Best first; n: structures that it holds.", table=summaries.per_subject(scores)),
@@ -180,8 +201,8 @@ class Report:
         self.confusion_table()
         self.summary(upper_bound, checkpoints, threshold)
         for draw in (
-            self.ranking, self.distribution, self.success, self.volume, self.subjects, self.confusion, self.cases,
-            self.visualization, self.page, self.report,
+            self.ranking, self.distribution, self.distances, self.success, self.volume, self.subjects, self.confusion,
+            self.cases, self.visualization, self.page, self.report,
         ):  # fmt: skip
             draw()
         return self.files
@@ -227,7 +248,8 @@ def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: 
 MEANS_TEXT = (
     "Over structures: per structure the mean over the subjects that hold it, then over structures. Over cases: all "
     "pairs of subject and structure alike, false alarms with 0. Over subjects: per subject, then over subjects. "
-    "In brackets: bootstrap 95 % interval over subjects. n and cases are those of Dice, distances of what was found."
+    "In brackets: bootstrap 95 % interval over subjects. n and cases are those of Dice; distances are of the cases in "
+    "which both reference and prediction hold the structure."
 )
 
 

@@ -31,6 +31,7 @@ RUN_FILES = (
     "sample_predictions.png",
     "evaluation_*",
     "metrics_distribution_*.png",
+    "distance_distribution_*.png",
     "structure_ranking_*.png",
     "success_rates_*.png",
     "segmentation_visualization_*.png",
@@ -57,7 +58,7 @@ PREDICTIONS_LOCK = ".predictions.lock"
 
 _stamps: set[str] = set()  # that this process has given
 
-_TEMPORARY = re.compile(r"\.\d+\.(.+)")  # of `_beside`
+_TEMPORARY = re.compile(r"\.\d+\.segkit\.(.+)")  # of `_beside`
 
 
 def project_root(start: str | Path | None = None) -> Path:
@@ -211,12 +212,12 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
 
 def _beside(path: Path) -> Path:
     """Where what will be `path` is written: hidden, and another one for each process."""
-    return path.with_name(f".{os.getpid()}.{path.name}")
+    return path.with_name(f".{os.getpid()}.segkit.{path.name}")
 
 
 def discard(path: Path) -> None:
     """Remove a file or folder, if it is there, first from its name: nobody finds, or goes on writing, half of it."""
-    gone = path.with_name(f".{os.getpid()}.{time.monotonic_ns()}")
+    gone = path.with_name(f".{os.getpid()}.segkit.{time.monotonic_ns()}")
     with suppress(FileNotFoundError):
         path.rename(gone)
         if gone.is_dir() and not gone.is_symlink():
@@ -230,7 +231,7 @@ def left_behind(folder: Path) -> Iterator[tuple[Path, str]]:
 
     Each with the name that it was to have.
     """
-    for path in folder.glob(".[0-9]*.*"):
+    for path in folder.glob(".[0-9]*.segkit.*"):
         if (found := _TEMPORARY.fullmatch(path.name)) is not None:
             yield path, found[1]
 

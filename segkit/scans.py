@@ -5,6 +5,7 @@ A Scan has the face of a staged subject, so that what predicts one predicts the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,7 +146,12 @@ def _named(paths: Sequence[Path]) -> list[ScanSource]:
 def _volume_source(path: Path) -> ScanSource:
     """Named after its file; `ct.nii.gz` is what every subject has, so it is named after its folder."""
     name = nifti.stem(path).removesuffix(".nrrd")
-    return ScanSource(_name(path, path.absolute().parent.name if name == "ct" else name), path)
+    return ScanSource(_name(path, _absolute(path).parent.name if name == "ct" else name), path)
+
+
+def _absolute(path: Path) -> Path:
+    """With the names of all folders, for those who say `..`. Links are not followed: git-annex's have other names."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _name(path: Path, text: str) -> str:
@@ -177,7 +183,7 @@ def _dicom(source: Path, files: Iterator[Path] | Sequence[Path], wanted: str | N
         raise SegkitError(f"{source}: found {problem}, expected one; choose by the UID or the end of it:\n{lines}")
     [series] = chosen
     folder = source if source.is_dir() else source.parent
-    text = nifti.stem(source).removesuffix(".dcm") if source.is_file() else source.absolute().name
+    text = nifti.stem(source).removesuffix(".dcm") if source.is_file() else _absolute(source).name
     return ScanSource(_name(source, text), folder, series, tuple(path for path in marked if not marked[path]))
 
 

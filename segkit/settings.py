@@ -71,7 +71,7 @@ def make_augmentation(on: bool = True, changes: Mapping[str, Any] | None = None)
 class TrainSettings:
     """What a person changes. Stored with every checkpoint."""
 
-    epochs: int = 5  # passes over the training slices
+    epochs: int = 5  # of SLICES_PER_EPOCH slices each
     batch_size: int = 8  # slices (unet3d: slabs) a step of the optimiser
     learning_rate: float = 1e-3  # Adam's, at its highest
     schedule: Schedule = "poly"  # poly: (1 - progress) ** 0.9; plateau: halved when validation Dice stands still

@@ -77,6 +77,10 @@ class SliceBatch:
         """The batch in memory that a GPU reads by itself; what a DataLoader calls."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
+    def at(self, places: Sequence[int]) -> SliceBatch:
+        """The samples at these places."""
+        return replace(self, **{f.name: getattr(self, f.name)[places] for f in fields(self)})
+
     def parts(self, count: int) -> list[SliceBatch]:
         """The batch in `count` parts of nearly equal size."""
         pieces = {f.name: getattr(self, f.name).tensor_split(count) for f in fields(self)}
@@ -184,8 +188,9 @@ def epoch_order(
     """Which slices an epoch takes, in which order: `slices_per_epoch` of them, all by default.
 
     A share `balance` of them is drawn so that every structure of `holds` (bool (slices, C), `SliceDataset.holds`) is
-    the reason for equally many; a slice of a rare structure may then come several times. The others come from shuffled
-    passes over all slices. The order is a function of these arguments alone, so that an interrupted epoch can go on.
+    the reason for equally many; a slice of a rare structure may then come several times. That a slice holds none is one
+    more reason: what no structure looks like is learned, too. The others come from shuffled passes over all slices. The
+    order is a function of these arguments alone, so that an interrupted epoch can go on.
     """
     wanted = slices if slices_per_epoch is None else slices_per_epoch
     random = np.random.default_rng((seed, epoch))
@@ -198,13 +203,14 @@ def epoch_order(
 
 
 def _balanced_slices(holds: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` slices: the structures that occur take turns, each going through its own slices in shuffled passes."""
-    structures = np.flatnonzero(holds.any(0))
-    turns = np.concatenate([random.permutation(structures) for _ in range(-(-count // len(structures)))])[:count]
+    """`count` slices: the reasons that there are take turns, each going through its own slices in shuffled passes."""
+    reasons = np.concatenate([holds, ~holds.any(1, keepdims=True)], 1)
+    there = np.flatnonzero(reasons.any(0))
+    turns = np.concatenate([random.permutation(there) for _ in range(-(-count // len(there)))])[:count]
     chosen = np.empty(count, int)
-    for structure in structures:
-        its_turns = np.flatnonzero(turns == structure)
-        its_slices = np.flatnonzero(holds[:, structure])
+    for reason in there:
+        its_turns = np.flatnonzero(turns == reason)
+        its_slices = np.flatnonzero(reasons[:, reason])
         passes = [random.permutation(its_slices) for _ in range(-(-len(its_turns) // len(its_slices)))]
         if passes:
             chosen[its_turns] = np.concatenate(passes)[: len(its_turns)]
@@ -231,12 +237,14 @@ def batches(
     workers: int = 0,
     start: int = 0,
     share: Callable[[list[range]], Any] = list,
+    device: torch.device | None = None,
 ) -> DataLoader:
     """Batches of `dataset` in the given order, from its place `start` on.
 
     `workers` processes read ahead, each with its own handle on the store; 0 reads in this process, which decompresses
     some thousand slices a second. `share` takes of the batches, each given by the places in the order that it holds,
-    what this process computes (`segkit.ranks`); all by default.
+    what this process computes (`segkit.ranks`); all by default. For a `device` that is a GPU they lie in memory that it
+    reads by itself.
     """
     whole = [range(at, min(at + batch_size, len(order))) for at in range(start, len(order), batch_size)]
     return DataLoader(
@@ -245,7 +253,7 @@ def batches(
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_leave_interrupts_to_the_parent,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
     )
 
 

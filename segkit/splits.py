@@ -27,6 +27,12 @@ class Part:
             return list(range(total))
         return [z for start, stop in self.slabs for z in range(start, min(stop, total))]
 
+    def meets(self, other: Part) -> bool:
+        """Whether the two have a slice in common."""
+        if self.subject != other.subject or self.slabs is None or other.slabs is None:
+            return self.subject == other.subject
+        return any(max(start, begin) < min(stop, end) for start, stop in self.slabs for begin, end in other.slabs)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -90,7 +96,10 @@ def make_split(slices: Mapping[str, int], given: Mapping[str, str], seed: int = 
     by_split = {split: [name for name in names if given.get(name, "train") == split] for split in SPLITS}
     source = "given by the data set" if any(name in given for name in names) else f"drawn with seed {seed}"
     if not by_split["train"]:
-        raise SegkitError(f"the data set gives none of the {len(names)} subjects to train; raise MAX_SUBJECTS")
+        raise SegkitError(
+            f"the data set gives none of the {len(names)} usable subjects to train, only to validate or test: have "
+            "some of its training subjects there, or say another split in its meta.csv"
+        )
     if not by_split["val"]:
         if len(by_split["train"]) == 1:
             by_split["val"] = by_split["test"]

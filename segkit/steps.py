@@ -138,7 +138,8 @@ class Learner:
                 print(self._message(len(batch), parts, "the memory ran out"))
                 self.parts = parts
         else:
-            learn(self.parts)
+            with memory.no_second_try(self.parts):
+                learn(self.parts)
         total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
         if not np.isfinite(total):
             raise DivergedError(f"the loss is {total}")

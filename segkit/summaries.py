@@ -1,8 +1,8 @@
 """The table of scores -> means that say what they are over, of how many, and how sure they are.
 
 All intervals are percentile bootstraps over subjects (Efron 1979): subjects are drawn again with replacement, 2,000
-times with a fixed seed, and each mean is computed again; its 2.5th and 97.5th percentiles are `low` and `high`. With
-one subject there is nothing to draw, and they are NaN.
+times with a fixed seed, and each mean is computed again; its 2.5th and 97.5th percentiles are `low` and `high`. Where
+one subject alone has a value there is nothing to draw, and they are NaN.
 """
 
 from __future__ import annotations
@@ -83,18 +83,22 @@ def values_of(scores: pd.DataFrame, measure: str, counted: pd.Series) -> pd.Data
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple:
     """A mean with the ends of its 95 % interval: three numbers, or three arrays where `statistic` gives several.
 
-    values: (subjects, ...). statistic: of the values and weights (R, subjects), which say how often each subject
-    counts, gives (R, ...).
+    values: (subjects, structures), NaN for none. statistic: of the values and weights (R, subjects), which say how
+    often each subject counts, gives (R,), or (R, structures). Where fewer than two subjects have a value, the ends are
+    NaN.
     """
     subjects = len(values)
     mean = statistic(values, np.ones((1, subjects)))[0]
-    if subjects < 2:
+    there = ~np.isnan(values)
+    enough = (there.sum(0) if np.ndim(mean) else there.any(1).sum()) > 1
+    if not np.any(enough):
         return mean, mean * np.nan, mean * np.nan
     drawn = np.random.default_rng(0).multinomial(subjects, np.full(subjects, 1 / subjects), RESAMPLES).astype(float)
     again = statistic(values, drawn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what has no case at all stays NaN
-        low, high = np.nanpercentile(again, (2.5, 97.5), axis=0)  # a draw without a case says nothing
+        ends = np.nanpercentile(again, (2.5, 97.5), axis=0)  # a draw without a case says nothing
+    low, high = np.where(enough, ends, np.nan)
     return mean, low, high
 
 

@@ -35,10 +35,10 @@ VALIDATION_BATCH = 8
 
 
 class Trainer:
-    """The learner with its slices, and how far it has come."""
+    """The learner with its slices, and how far it has come. `folder`: where its checkpoints are, for messages."""
 
-    def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, fresh: bool = True):
-        self.data, self.settings, self.ranks = data, settings, ranks
+    def __init__(self, data: Data, settings: TrainSettings, ranks: Ranks, folder: Path, fresh: bool = True):
+        self.data, self.settings, self.ranks, self.folder = data, settings, ranks, folder
         self.learner = Learner(data, settings, ranks, fresh)
         self.train_slices = open_items(data.staged, data.split.train, data.label_map, settings)
         self.val_slices = open_items(data.staged, data.split.val, data.label_map, settings, tiles)
@@ -101,6 +101,8 @@ class Trainer:
             self._learn(save, interrupts, progress)
         s = self.settings
         self.ranks.align(self.learner.model)
+        if self.ranks.world > 1:
+            save()  # a launcher that was interrupted gives its processes half a minute, which validation may take
         try:
             validation = validate(
                 self.learner.model, self.val_slices, s.target_shape, self.learner.dtype,
@@ -116,6 +118,7 @@ class Trainer:
         }
         self.thresholds = validation.thresholds
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
+        self.started = time.monotonic()
 
     def training_row(self) -> dict:
         """The row of the running epoch as far as training goes."""
@@ -137,7 +140,9 @@ class Trainer:
         s, epoch = self.settings, len(self.history) + 1
         holds = self.train_slices.holds if s.balance else None
         order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
-        loader = batches(self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each)
+        loader = batches(
+            self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each, self.ranks.device
+        )
         self.learner.model.train()
         saved = time.monotonic()
         bar = tqdm(
@@ -165,9 +170,9 @@ class Trainer:
 
     def _stopped(self, why: object) -> SegkitError:
         """What to raise where the running epoch came to an end for good."""
-        before = f"checkpoint_epoch{len(self.history)}.pth" if self.history else None
-        anew = f" with INIT_CHECKPOINT = {before}" if before else ""
+        before = self.folder.resolve() / f"checkpoint_epoch{len(self.history)}.pth"
+        anew = f" in another OUTPUT_DIR with INIT_CHECKPOINT = {before}," if self.history else " with"
         return SegkitError(
             f"epoch {len(self.history) + 1}: {why}; what was saved before is kept. Look at these slices, or start "
-            f"again{anew} and a lower LEARNING_RATE or GRADIENT_CLIP = 1"
+            f"again{anew} a lower LEARNING_RATE or GRADIENT_CLIP = 1"
         )

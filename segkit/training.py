@@ -105,7 +105,7 @@ def _train(
     ranks: Ranks,
 ) -> History:
     going_on = resume and (output_dir / STATE_FILE).is_file() and not is_half_moved(output_dir)
-    trainer = Trainer(data, settings, ranks, fresh=not going_on)
+    trainer = Trainer(data, settings, ranks, output_dir, fresh=not going_on)
     if going_on:
         trainer.restore(load_state(output_dir / STATE_FILE), output_dir / STATE_FILE)
     ranks.wait()  # all have looked for the state before the first one may write a new one

@@ -63,7 +63,7 @@ def validate(
     wrong = torch.zeros(len(order), dtype=torch.int64)  # where in `order` the loss was no number
     loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
-    loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole)
+    loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole, device=device)
     parts = 1  # of a batch, more once memory ran out
     for batch in tqdm(loader, desc="validation", leave=False, disable=not progress):
         scored, parts = in_parts(partial(_score, model, target_shape, dtype), batch, parts)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import SimpleITK
 import slicerio
-from dicom_files import make_series, save
+from dicom_files import enhanced, make_series, save
 from scipy.spatial import cKDTree
 from test_segmenting import ORIENTATIONS
 
 from segkit import choices, exports, measuring
 from segkit.codes import CodeVolume, encode
-from segkit.errors import Findings, SegkitError
+from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.label_image import embedded_names, find_label_image
 from segkit.formats.label_writing import number_structures
 from segkit.formats.mask_files import find_mask_files
@@ -87,6 +87,63 @@ def test_label_images_lie_on_the_scan_in_every_orientation(turn_degrees, tmp_pat
                 seen = np.argwhere(SimpleITK.GetArrayViewFromImage(itk) == value)[:, ::-1].mean(0)
                 theirs = np.array(itk.TransformContinuousIndexToPhysicalPoint(seen.tolist())) * [-1, -1, 1]
                 assert np.allclose(ours, theirs, atol=0.01)
+
+
+def placed(path, sform, qform, sform_code, qform_code):
+    """A scan whose header has two affines."""
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(-900, 900, (9, 7, 6)).astype(np.int16), sform)
+    image.header.set_sform(sform, sform_code)
+    image.header.set_qform(qform, qform_code)
+    header = image.header
+    header["vox_offset"] = 352
+    path.write_bytes(header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes(order="F"))
+    return path
+
+
+ELSEWHERE = np.array([[0, -1.5, 0, 40], [1.5, 0, 0, -7], [0, 0, 4.0, 12], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("sform", "codes"), [(FLAT, (0, 0)), (ELSEWHERE, (2, 1)), (ELSEWHERE, (1, 1)), (FLAT, (0, 1)), (FLAT, (4, 0))]
+)
+def test_results_lie_on_their_scan_whichever_affine_a_viewer_takes(sform, codes, tmp_path):
+    """ITK takes the sform with code 1 alone, else the qform; nibabel the sform with any code; without codes each makes
+    another place up. Where both say the same of scan and result, they lie on each other.
+    """
+    path = placed(tmp_path / "case.nii", sform, FLAT, *codes)
+    findings = Findings("case")
+    scan = read_scan(find_scans(path)[0], findings)
+    _, found = found_in(scan.grid)
+    exports.write(("nifti", "masks"), scan, found, tmp_path, findings)
+    source, source_itk = nib.load(path), SimpleITK.ReadImage(str(path))
+    for name in ("case_labels.nii.gz", "segmentations/liver.nii.gz"):
+        image, itk = nib.load(tmp_path / name), SimpleITK.ReadImage(str(tmp_path / name))
+        assert np.array_equal(image.affine, source.affine) and image.header.get_zooms() == source.header.get_zooms()
+        for get in ("GetOrigin", "GetDirection", "GetSpacing"):
+            assert getattr(itk, get)() == getattr(source_itk, get)(), get
+    two = [finding.kind for finding in findings if finding.kind == "two places"]
+    assert two == (["two places"] if sform is ELSEWHERE else [])
+
+
+def test_a_result_without_a_nifti_source_opens_in_itk_also_where_the_grid_is_sheared_a_little(tmp_path):
+    affine = np.diag([0.7, 0.7, 1.0, 1.0])
+    affine[0, 2] = 8e-4  # of 300 slices: a third of a voxel at the last one
+    grid = Grid((20, 20, 300), affine)
+    _, found = found_in(grid)
+    export(grid, found, tmp_path, "nifti")
+    itk = SimpleITK.ReadImage(str(tmp_path / "case_labels.nii.gz"))
+    corner = np.array(itk.TransformIndexToPhysicalPoint((19, 19, 299))) * [-1, -1, 1]
+    assert np.linalg.norm(corner - nib.affines.apply_affine(affine, (19, 19, 299))) < 0.35
+    assert np.allclose(nib.load(tmp_path / "case_labels.nii.gz").affine, affine)
+
+
+@pytest.mark.parametrize(("release", "structure", "number"), [("v3", "vertebrae_L5", 27), ("v1", "pancreas", 10)])
+def test_a_model_of_another_release_has_its_numbers(release, structure, number):
+    """Numbers by hand from the public class tables of that release."""
+    numbers = number_structures(sorted(official_names(release)))
+    assert numbers[structure] == number and numbers == {name: OFFICIAL[name].ids[release] for name in numbers}
+    assert number_structures(["spleen", "liver"]) == {"spleen": 1, "liver": 5}  # v2 where all agree or know it
+    assert number_structures(["spleen", "mine"]) == {"spleen": 1, "mine": 2}
 
 
 def test_masks_are_a_subject_again_with_every_structure_that_was_looked_for(tmp_path):
@@ -208,6 +265,86 @@ def test_dicom_seg_says_what_structures_are():
     assert term_of("kidney_cyst_left").category.meaning == "Morphologically Abnormal Structure"
     own = term_of("a_lesion_with_a_very_long_name_" + "x" * 50).what
     assert own.scheme == OWN_SCHEME and len(own.value) <= 16 and len(own.meaning) <= 64
+    others = (
+        "metastasis_liver_left",
+        "metastasis_liver_right",
+        "my_lesion_segment_1",
+        "my_lesion_segment_2",
+        "肝臓",
+        "胆嚢",
+    )
+    codes = {term_of(name).what.value for name in others}
+    assert len(codes) == len(others) and all(code.isascii() and 0 < len(code) <= 16 for code in codes)
+    assert term_of("my_lesion").what.value == "my_lesion"
+
+
+def seg_of(series, folder, names=NAMES):
+    """The files of DICOM SEG of something in a series, and what was found in it."""
+    [source] = find_scans(save(series, folder / "series"))
+    findings = Findings("case")
+    scan = read_scan(source, findings)
+    masks, found = found_in(scan.grid, overlap=False, names=names)
+    folder.mkdir(exist_ok=True)
+    return exports.write(("dicom",), scan, found, folder, findings), masks, scan
+
+
+def flat_series(**attributes):
+    hu = np.random.default_rng(0).integers(-900, 900, (9, 7, 6))
+    return make_series(hu, FLAT, **attributes)
+
+
+def test_dicom_seg_says_how_far_apart_slices_are_not_what_the_series_says(tmp_path):
+    """A series of which every second slice was kept still says the old distance."""
+    [path], masks, scan = seg_of(flat_series(SpacingBetweenSlices="2.0"), tmp_path)
+    read = highdicom.seg.segread(path)
+    volume = read.get_volume(combine_segments=True)
+    assert volume.spacing[0] == pytest.approx(4) and volume.array.shape[0] == len(
+        {k for name in NAMES for k in np.argwhere(masks[name])[:, 2]}
+    )
+    assert scan.spacing_mm[0] == 4
+
+
+def test_dicom_seg_of_a_series_whose_headers_are_careless(tmp_path):
+    """As of those who make scans anonymous: no birth date but zeros, a sex that there is not, no thickness."""
+    series = flat_series(PatientSex="X", PatientBirthDate="00000000", StudyDate="", StudyTime="noon")
+    for place, image in enumerate(series):
+        del image.SliceThickness
+        image.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0" if place else "0.0001"]
+    [path], *_ = seg_of(series, tmp_path)
+    read = highdicom.seg.segread(path)
+    assert read.PatientSex == "" and read.PatientBirthDate == ""
+    measures = read.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert (measures.SliceThickness, measures.SpacingBetweenSlices) == (4, 4)
+
+
+def test_names_of_any_script_stay_what_they_are_in_dicom(tmp_path):
+    [path], *_ = seg_of(flat_series(SpecificCharacterSet="ISO_IR 100"), tmp_path, ("肝臓", "胆嚢", "spleen"))
+    labels = [description.segment_label for description in highdicom.seg.segread(path).SegmentSequence]
+    assert labels == ["肝臓", "胆嚢"]
+
+
+def test_what_a_series_cannot_have_is_said_before_anything_is_segmented(tmp_path):
+    whole = enhanced(flat_series())
+    with pytest.raises(
+        SegkitError, match=r"format 'dicom' refers to a file a slice, and this series has several slices"
+    ):
+        exports.check_formats(("dicom",), find_scans(save([whole], tmp_path / "frames")))
+    [source] = find_scans(save(flat_series(FrameOfReferenceUID=""), tmp_path / "nowhere"))
+    findings = Findings("case")
+    scan = read_scan(source, findings)
+    exports.check_scan(("nifti", "slicer"), scan, findings)
+    with pytest.raises(SubjectError, match=r"IM\d+: the series names no frame of reference, .*choose 'nifti'"):
+        exports.check_scan(("nifti", "dicom"), scan, findings)
+    series = flat_series()
+    for image in series:
+        del image.StudyInstanceUID
+    scan = read_scan(find_scans(save(series, tmp_path / "no study"))[0], Findings("case"))
+    with pytest.raises(SubjectError, match=r"IM\d+: the series lacks what a segmentation repeats .*choose 'nifti'"):
+        exports.check_scan(("dicom",), scan, Findings("case"))
+    assert [finding.severity for finding in findings.errors] == ["error"]
+    with pytest.raises(SegkitError, match="structures Liver and liver differ in case alone"):
+        exports.check_formats(("nifti", "stl"), (), ("Liver", "spleen", "liver"))
+    exports.check_formats(("nifti",), (), ("Liver", "spleen", "liver"))
 
 
 def test_dicom_needs_a_series(tmp_path):

@@ -411,7 +411,7 @@ def stopped(phantom_data, tmp_path_factory):
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("stopped")
     train(phantom_data, settings, folder, progress=False, on_epoch=_stop)
-    return folder / "last_state.pth", Trainer(phantom_data, settings.checked(), join_ranks("cpu"))
+    return folder / "last_state.pth", Trainer(phantom_data, settings.checked(), join_ranks("cpu"), folder)
 
 
 def _stop(_):

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -23,7 +24,7 @@ from dicom_files import make_series, save
 from hypothesis import strategies as st
 from nbconvert import HTMLExporter
 from test_faults_damaged import LABELS, SHAPE, a_subject, save_network, scores_table
-from test_faults_damaged_scans import AFFINE, GRID, HU
+from test_faults_damaged_scans import AFFINE, HU
 from test_faults_hostile import label_table
 from test_notebooks import QUICK
 
@@ -39,7 +40,7 @@ from segkit.formats.mask_files import find_mask_files
 from segkit.formats.nnunet import find_cases
 from segkit.inference import Segmentation
 from segkit.runs import write_csv
-from segkit.scans import Scan, find_scans
+from segkit.scans import find_scans, read_scan
 from segkit.stores import sealed
 
 MARK = "segkit_was_here"
@@ -311,9 +312,9 @@ def test_every_format_with_unusual_names(tmp_path, fault, tab):
         "unusual names in every format that is written; the 3D page in a browser",
         "files inside, tables and page as text",
     )
-    scan = Scan("肝臓+1", HU.transpose(2, 1, 0), GRID, ())
-    formats = [name for name in exports.FORMATS if name != "dicom"]
-    files = exports.write(formats, scan, found(ACCEPTED), tmp_path, Findings(scan.name))
+    [series] = find_scans(save(make_series(HU, AFFINE), tmp_path / "series"))
+    scan = replace(read_scan(series, Findings("series")), name="肝臓+1")
+    files = exports.write([*exports.FORMATS], scan, found(ACCEPTED), tmp_path, Findings(scan.name))
     for path in files:
         assert tmp_path in path.resolve().parents and harmless(path.name)
         if path.suffix == ".csv":

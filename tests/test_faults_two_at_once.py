@@ -291,7 +291,7 @@ def test_predicting_other_scans_beside(tmp_path, fault):
 
     scan_file(tmp_path / "in" / "a.nii.gz")
     out = tmp_path / "out"
-    draft = out / f".{os.getpid() + 1}.b"
+    draft = out / f".{os.getpid() + 1}.segkit.b"
     draft.mkdir(parents=True)
     with alone(predicting.lock_of(out / "b"), "taken"):
         predict_all(str(tmp_path / "in"), str(out))

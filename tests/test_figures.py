@@ -112,6 +112,14 @@ def test_every_distance_falls_into_a_bin(distances):
     assert np.histogram(values, figures._bins(values, "assd_mm"))[0].sum() == len(values)
 
 
+def test_the_thresholds_that_are_asked_for_are_marked():
+    (axes,) = figures.plot_success_rates(SCORES, "test", (0.25, 0.95)).axes
+    (above,) = axes.child_axes
+    held = SCORES.loc[SCORES["present"], "dice"]
+    shares = [f"≥ {threshold:g}\n{(held >= threshold).mean():.0%}" for threshold in (0.25, 0.95)]
+    assert [label.get_text() for label in above.get_xticklabels()] == shares
+
+
 def test_success_rates_by_hand():
     figure = figures.plot_success_rates(SCORES, "test")
     *groups, everything = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 101)

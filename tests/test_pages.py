@@ -52,6 +52,18 @@ def test_a_false_alarm_is_named_and_has_no_distance(figure):
     assert alarm.intensity is None and alarm.color == color_of("stomach")
 
 
+def test_letters_say_which_side_is_where(figure):
+    """In RAS coordinates x grows to the patient's right, y to the front and z to the head."""
+    marks = figure.layout.scene.annotations
+    there = {mark.text.removeprefix("<b>").removesuffix("</b>"): np.array([mark.x, mark.y, mark.z]) for mark in marks}
+    for letters, axis in (("LR", 0), ("PA", 1), ("FH", 2)):
+        low, high = (there[letter] for letter in letters)
+        ends = [[trace[name] for trace in figure.data if trace.type == "mesh3d"] for name in "xyz"][axis]
+        assert low[axis] == pytest.approx(min(map(min, ends))) and high[axis] == pytest.approx(max(map(max, ends)))
+        assert np.delete(low, axis).tolist() == np.delete(high, axis).tolist()
+    assert len(there) == 6 and "left" not in str(figure.layout.scene.xaxis.title.text)
+
+
 def test_layers_without_anything_in_common_or_alone_have_no_buttons():
     there = meshes_of(liver=ball((20, 20, 20), (10, 10, 10), 5))
     assert not pages.mesh_figure("s0", {"prediction": there}).layout.updatemenus
@@ -95,6 +107,9 @@ def colors_shown(tab):
 
 def test_legends_and_buttons_in_a_browser_without_a_network(figure, tab, tmp_path):
     open_page(tab, pages.write_page(tmp_path / "3d.html", figure))
+    assert tab.title() == "s0000, from the front" and tab.evaluate("document.documentElement.lang") == "en"
+    places = {letter: tab.get_by_text(letter, exact=True).bounding_box() for letter in "RLHF"}
+    assert places["R"]["x"] < places["H"]["x"] < places["L"]["x"] and places["H"]["y"] < places["F"]["y"]
     assert shown(tab) == ["spleen", "liver", "aorta"]
     click(tab, "spleen")
     assert shown(tab) == ["liver", "aorta"]

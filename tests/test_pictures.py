@@ -13,6 +13,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from segkit import pictures
 from segkit.codes import encode
 from segkit.labels import rgb_of
+from segkit.splits import Part
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,19 @@ def test_difference_by_hand():
     prediction = volume_of(a=[[0, 1, 0, 1, 1, 0]], b=[[0, 0, 0, 0, 1, 1]])
     # background (`mine` is not looked for), agrees, missed, false alarm, agrees on both, another structure
     assert pictures.difference(reference, prediction).tolist() == [[0, 1, 2, 3, 1, 4]]
+    # a lesion inside an organ: missed, falsely found, both right; called the other one where there is no other
+    organ, lesion = [[1, 1, 1, 0, 1]], [[1, 0, 1, 1, 0]]
+    reference = volume_of(liver=organ, liver_lesion=lesion)
+    prediction = volume_of(liver=[[1, 1, 1, 1, 0]], liver_lesion=[[0, 1, 1, 0, 1]])
+    assert pictures.difference(reference, prediction).tolist() == [[2, 3, 1, 4, 4]]
+
+
+def test_slices_are_spread_over_what_is_shown():
+    volume = volume_of(liver=np.arange(9)[:, None, None] > 2, bladder=np.arange(9)[:, None, None] < 2)
+    part = Part("s0")
+    assert pictures.spread_slices(volume, part, 8) == [8, 7, 6, 5, 4, 3, 1, 0]
+    assert pictures.spread_slices(pictures.only(volume, ["bladder"]), part, 8) == [1, 0]
+    assert pictures.spread_slices(pictures.only(volume, []), part, 3) == [7, 4, 1]  # nothing to look for: all slices
 
 
 def test_the_difference_picture_by_hand():

@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from segkit.devices import pick_device
+from segkit.errors import SegkitError
+
 # processes start as on Windows and macOS: a new Python that imports what it needs
 TRAINING = """
 import multiprocessing, os, sys
@@ -63,3 +66,19 @@ def test_apples_gpus_leave_to_the_cpu_what_they_lack(platform, fallback):
     environment = {each: value for each, value in os.environ.items() if each != name}
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert said.stdout.strip() == str(fallback)
+
+
+@pytest.mark.parametrize(("name", "asked"), [(None, "DEVICE = None, here cuda,"), ("cuda", "DEVICE = 'cuda'")])
+def test_a_gpu_that_this_torch_cannot_compute_on_is_said(name, asked, monkeypatch):
+    """As releases of torch without kernels for older GPUs: they see it, and fail at the first computation."""
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(
+        SegkitError, match=r"is not usable here \(CUDA error: no kernel image .* device\): give cpu"
+    ) as error:
+        pick_device(name)
+    assert str(error.value).startswith(asked)

@@ -1,5 +1,7 @@
 """Scans of one's own, from the file to what viewers open."""
 
+import gc
+
 import highdicom
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -13,7 +15,7 @@ from torch import nn
 from segkit import augment, choices, predicting, settings
 from segkit.errors import SegkitError
 from segkit.inference import Predictor
-from segkit.scans import find_scans
+from segkit.scans import Scan, find_scans
 
 
 class Bright(nn.Module):
@@ -144,6 +146,39 @@ def test_the_torso_as_dicom_and_as_nifti_gives_the_same_masks(torso_dir, predict
     [made] = [file for file in outcome.files if file.suffix == ".dcm"]
     read = highdicom.seg.segread(made)
     assert read.get_volume(combine_segments=True).array.sum() == found["series"].sum()
+
+
+def test_no_volume_of_the_scan_before_is_kept(predictor, tmp_path, monkeypatch):
+    for name in "abc":
+        scan_file(tmp_path / "in" / f"{name}.nii.gz")
+    read, alive = predicting.read_scan, []
+
+    def counting(source, findings):
+        gc.collect()
+        alive.append(sum(type(each) is Scan for each in gc.get_objects()))
+        return read(source, findings)
+
+    monkeypatch.setattr(predicting, "read_scan", counting)
+    for outcome in predicting.predict_scans(predictor, find_scans(tmp_path / "in"), tmp_path / "out", progress=False):
+        assert outcome.scan is not None
+        del outcome
+    assert len(alive) == 3 and len(set(alive)) == 1
+
+
+def test_a_scan_that_cannot_be_written_is_said_before_it_is_segmented(predictor, tmp_path, monkeypatch):
+    hu = np.random.default_rng(0).integers(-900, 900, (9, 8, 6))
+    for name, frame in (("good", "1.3"), ("bad", "")):
+        save(make_series(hu, np.diag([2.0, 2.0, 3.0, 1.0]), FrameOfReferenceUID=frame), tmp_path / name)
+    sources = [source for name in ("bad", "good") for source in find_scans(tmp_path / name)]
+    segmented = []
+    segment = Predictor.segment
+    monkeypatch.setattr(
+        Predictor, "segment", lambda self, scan, *rest: (segmented.append(scan.name), segment(self, scan, *rest))[1]
+    )
+    bad, good = predicting.predict_scans(predictor, sources, tmp_path / "out", ("slicer", "dicom"), progress=False)
+    assert segmented == ["good"] and bad.scan is None and not (tmp_path / "out" / "bad").exists()
+    assert "DICOM SEG" in str(bad.findings.errors[0]) and "bad" in str(bad.findings.errors[0])
+    assert any(file.suffix == ".dcm" for file in good.files)
 
 
 def test_locks_of_other_programs_are_left_alone(predictor, tmp_path):

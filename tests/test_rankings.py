@@ -164,6 +164,9 @@ def test_little_is_drawn_and_nothing_is_a_sentence():
     assert "no structure that both" in texts(rankings.plot_comparison(comparison_of([], [], [], []), ("a", "b")))
     assert "val split: no voxel" in texts(rankings.plot_confusion(PAIRS[:0], "val"))
     one = comparison_of(["liver"], [0.5], [0.5], [np.nan])
+    of_one = comparison_of([ALL, "liver"], [0.5, 0.5], [0.6, 0.6], [np.nan, np.nan])
+    said = texts(rankings.plot_comparison(of_one, ("a", "b")))
+    assert "all structures: +0.100" in said and "nan" not in said
     missed_only = PAIRS[PAIRS["predicted"] == "nothing"]
     for figure in (
         rankings.plot_ranking(ranking_of(["my_own"], [0.0]), "val"),

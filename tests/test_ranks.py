@@ -8,21 +8,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segkit import memory
 from segkit.checkpoints import load_checkpoint
 from segkit.choices import LOSSES
 from segkit.dataset import open_data
+from segkit.errors import SegkitError
+from segkit.interrupts import Interrupts
 from segkit.losses import ModelWithLoss, positive_weights, structure_frequencies
-from segkit.ranks import Ranks
+from segkit.ranks import Ranks, join_ranks
 from segkit.runs import left_behind
 from segkit.settings import TrainSettings
 from segkit.slices import SliceDataset, batches
 from segkit.steps import Learner, train_voxels
+from segkit.trainer import Trainer
 from segkit.validation import validate
 
 CPU = torch.device("cpu")
@@ -113,31 +118,32 @@ def test_validation_is_that_of_one_process_on_the_same_weights(two_processes, ph
 STEPPING = """
 import sys, pickle, torch
 sys.path.insert(0, {tests!r})
-from test_ranks import SETTINGS, frozen_steps
+from test_ranks import SETTINGS, steps_of
 from segkit.dataset import open_data
 from segkit.ranks import join_ranks, leave_ranks
 ranks = join_ranks("cpu")
 data = open_data({data!r}, {stage!r}, progress=False)
-result = frozen_steps(data, ranks, {accumulate})
+result = steps_of(data, ranks, {accumulate})
 if ranks.first:
     torch.save(result, {out!r})
 leave_ranks(ranks)
 """
 
 
-def frozen_steps(data, ranks: Ranks, accumulate: int) -> dict:
-    """Losses and weights after the steps of 13 slices, batch statistics frozen: they are a rank's own."""
+def steps_of(data, ranks: Ranks, accumulate: int) -> dict:
+    """Losses and gradients of the steps of 13 slices, and the weights after them."""
     settings = replace(SETTINGS, accumulate=accumulate, balance=0.0).checked()
     learner = Learner(data, settings, ranks)
     learner.dtype = torch.float32  # the order of sums differs; bfloat16 would show that
     slices = SliceDataset(data.staged, data.split.train, data.label_map)
-    losses = []
+    losses, gradients = [], []
     for batch in batches(slices, range(0, 13 * 5, 5), 4, share=ranks.share_each):
         if not learner.prepared:
             learner.prepare(batch)
-        learner.model.eval()
         losses.append(learner.step(batch, 1, 1e-3))
-    return {"losses": losses, "weights": torch.cat([p.detach().flatten() for p in learner.network.parameters()])}
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.network.parameters()]))
+    weights = torch.cat([p.detach().flatten() for p in learner.network.parameters()])
+    return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -153,11 +159,46 @@ def test_two_processes_learn_what_one_learns(phantom_data, tmp_path, accumulate)
     output, _ = running.communicate(timeout=300)
     assert running.returncode == 0, output
     together = torch.load(out)
-    alone = frozen_steps(open_data(phantom_data.folder, stage_dir, progress=False), Ranks(CPU), 1)
+    alone = steps_of(open_data(phantom_data.folder, stage_dir, progress=False), Ranks(CPU), 1)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    first, expected = together["gradients"][0], alone["gradients"][0]  # the same weights still: the same gradient
+    assert torch.allclose(first, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
     # Adam divides by the size of the gradient: where that is next to nothing its sign decides, so few may differ
     close = torch.isclose(together["weights"], alone["weights"], rtol=1e-3, atol=1e-5)
     assert close.float().mean() > 0.99
+
+
+def test_several_ranks_save_before_they_validate(phantom_data, tmp_path, monkeypatch):
+    """Who launched them kills them half a minute after Ctrl-C; a validation may take longer."""
+    saved, order = [], []
+    alone, several = Ranks(CPU), Ranks(CPU, 0, 2)
+    monkeypatch.setattr("segkit.trainer.validate", lambda *_, **__: order.append("validated") or 1 / 0)
+    for ranks in (alone, several):
+        trainer = Trainer(phantom_data, SETTINGS.checked(), alone, tmp_path)
+        monkeypatch.setattr(trainer, "_learn", lambda *_: None)
+        monkeypatch.setattr(ranks.__class__, "align", lambda *_: None)
+        trainer.ranks = ranks
+        with pytest.raises(ZeroDivisionError):
+            trainer.epoch(lambda: saved.append(order.count("validated")), Interrupts(), False)
+    assert saved == [1]  # only of several, and before the second validation
+
+
+def test_memory_that_runs_out_among_several_says_how_to_go_on():
+    with pytest.raises(SegkitError, match="ACCUMULATE = 4 and RESUME = True"), memory.no_second_try(2):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="another"), memory.no_second_try(2):
+        raise RuntimeError("another error")
+
+
+def test_of_several_processes_none_touches_the_first_gpu_before_it_has_its_own(monkeypatch):
+    import accelerate
+
+    state = SimpleNamespace(device=torch.device("cuda:1"), process_index=1, num_processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: pytest.fail("computed on the first GPU"))
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: state)
+    assert join_ranks() == Ranks(torch.device("cuda:1"), 1, 2)
 
 
 def test_an_interrupt_ends_both_in_order(phantom_data, two_processes, tmp_path):

@@ -10,6 +10,7 @@ from segkit import evaluation, summaries
 from segkit.codes import encode
 from segkit.dataset import Data
 from segkit.errors import SegkitError
+from segkit.pictures import occurring
 from segkit.report import Report, headline, means_table
 from segkit.report_page import Section, write_report_page
 from segkit.runs import RUN_FILES
@@ -45,7 +46,7 @@ def reported(phantom_data, tmp_path_factory):
 
 
 def test_every_file_is_there_and_belongs_to_the_run(reported):
-    assert len(reported.files) == len(set(reported.files)) == 13
+    assert len(reported.files) == len(set(reported.files)) == 14
     for path in reported.files:
         assert path.stat().st_size > 1000 or path.suffix == ".csv"
         assert any(fnmatch.fnmatch(path.name, pattern) for pattern in RUN_FILES), path.name  # moved with the run
@@ -65,7 +66,7 @@ def test_the_summary_is_json_without_nan_and_holds_the_means_of_all_protocols(re
 def test_the_report_shows_all_figures_and_tables_and_needs_no_other_file(reported):
     page = next(reported.output_dir.glob("report_*.html")).read_text()
     pictures = [path for path in reported.files if path.suffix == ".png"]
-    assert page.count('src="data:image/png;base64,') == len(pictures) == 8
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 9
     assert headline(reported.outcome)[:40] in page and "not for diagnosis" in page
     assert page.count("<table>") == 5 and ">liver<" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page
@@ -79,6 +80,30 @@ def test_a_figure_that_is_drawn_again_stands_in_the_report_once(reported):
     assert reported.files == before
     page = next(reported.output_dir.glob("report_*.html")).read_text()
     assert page.count("<h2>Structure ranking</h2>") == 1
+
+
+def test_the_report_has_the_thresholds_and_the_protocol_that_it_is_asked_for(reported):
+    page = reported.report((0.123, 0.6), "nnunet").read_text()
+    assert ">0.123</th>" in page and ">0.9</th>" not in page and "<h2>Means, protocol nnunet</h2>" in page
+    page = reported.report().read_text()
+    assert ">0.9</th>" in page and "<h2>Means, protocol segkit</h2>" in page
+
+
+def test_of_the_ground_truth_no_more_is_shown_than_the_model_knows(reported, monkeypatch):
+    """The label map of this run has the liver alone; the phantoms hold more than a hundred structures."""
+    subject = next(iter(reported.data.staged.values()))
+    truth = reported.layers(subject.name)["ground truth"]
+    assert occurring(truth) == ["liver"] and np.array_equal(truth.mask("liver"), subject.labels().mask("liver"))
+    drawn = []
+    monkeypatch.setattr("segkit.pages.write_page", lambda path, figure: drawn.append(figure) or path)
+    reported.page()
+    assert [trace.name for trace in drawn[0].data if trace.legend == "legend"] == ["liver"]
+
+
+def test_slices_that_trained_are_named_where_a_whole_subject_is_shown(reported):
+    assert reported.whole(Part("s0")) == " (test split)"
+    assert reported.whole(Part("s0", ((0, 8),))) == " (test split and the slices between, which trained)"
+    assert "(test split)" in next(reported.output_dir.glob("3d_*.html")).read_text()
 
 
 def test_a_report_that_is_mailed_tells_no_folders(reported):
@@ -114,7 +139,7 @@ HOSTILE = "<img src=x onerror=document.title='taken'></td><script>document.title
 def test_words_stay_words_in_a_browser_without_network_or_console_errors(reported, tab, tmp_path):
     table = pd.DataFrame({"structure": [HOSTILE], HOSTILE: [0.5], "none": [np.nan]})
     hostile = write_report_page(tmp_path / "a.html", HOSTILE, [HOSTILE], [Section(HOSTILE, HOSTILE, table=table)])
-    for page, pictures in ((next(reported.output_dir.glob("report_*.html")), 8), (hostile, 0)):
+    for page, pictures in ((next(reported.output_dir.glob("report_*.html")), 9), (hostile, 0)):
         tab.goto(page.as_uri())
         tab.wait_for_timeout(300)
         assert tab.evaluate("[...document.images].filter(image => image.naturalWidth > 0).length") == pictures

@@ -13,7 +13,7 @@ import torch
 from segkit import losses, steps, trainer, training
 from segkit.checkpoints import load_checkpoint
 from segkit.ensemble import train_members
-from segkit.errors import SegkitError
+from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
 from segkit.ranks import Ranks
 from segkit.settings import TrainSettings, changed
@@ -66,7 +66,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize("moment", ["forward", "backward"])
 def test_an_interrupt_within_a_step_waits_for_its_end(phantom_data, uninterrupted, tmp_path, monkeypatch, moment):
-    """As the stop button does it: a SIGINT while the network computes, when batch statistics have already moved."""
+    """As the stop button does it: a SIGINT while the network computes, when half of a step is done."""
     done = []
     original = losses.head_loss
 
@@ -126,16 +126,37 @@ def test_where_there_is_nothing_to_resume_a_training_starts(phantom_data, tmp_pa
 
 @pytest.mark.parametrize("loss", ["bce", "focal"])
 def test_a_batch_computed_in_parts_gives_the_same_training(phantom_data, tmp_path, loss):
-    """Without batch statistics it is the same arithmetic; the network here has them, so they are frozen."""
+    """It is the same arithmetic, in another order."""
     weights = []
     for parts in (1, 4):
         settings = replace(SETTINGS, accumulate=parts, loss=loss).checked()
         learner = steps.Learner(phantom_data, settings, Ranks(torch.device("cpu")))
-        learner.model.eval()
         slices = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
         assert learner.step(next(iter(batches(slices, [5, 60, 30, 90], 4))), 1, 1e-3) == pytest.approx(0.02, abs=0.5)
         weights.append(torch.cat([p.grad.flatten() for p in learner.model.parameters()]))
     assert torch.allclose(*weights, rtol=2e-2, atol=2e-2 * weights[0].abs().max())
+
+
+def test_an_epoch_after_a_resume_counts_its_own_time_alone(phantom_data, tmp_path, monkeypatch):
+    train(phantom_data, replace(SETTINGS, epochs=1), tmp_path, progress=False)
+    state = load_state(tmp_path / "last_state.pth")
+    assert state.place == 0 and 0 <= state.seconds < state.history[0]["seconds"]
+    (tmp_path / "other").mkdir()
+    resumed = trainer.Trainer(phantom_data, SETTINGS.checked(), Ranks(torch.device("cpu")), tmp_path, fresh=False)
+    resumed.restore(replace(state, seconds=1000.0), tmp_path)  # of a running epoch that took so long before
+    resumed.epoch(lambda: None, Interrupts(), False)
+    assert resumed.history[-1]["seconds"] > 1000 and resumed.state().seconds < 100
+
+
+def test_a_training_that_came_apart_names_what_to_start_from(phantom_data, tmp_path, monkeypatch):
+    train(phantom_data, replace(SETTINGS, epochs=1), tmp_path / "run", progress=False)
+    monkeypatch.setattr(steps.Learner, "_move", lambda self: (_ for _ in ()).throw(DivergedError("the loss is nan")))
+    with pytest.raises(SegkitError, match="in another OUTPUT_DIR with INIT_CHECKPOINT = ") as error:
+        train(phantom_data, SETTINGS, tmp_path / "run", progress=False, resume=True)
+    monkeypatch.undo()
+    named = str(error.value).partition("INIT_CHECKPOINT = ")[2].partition(", a lower")[0]
+    anew = replace(SETTINGS, epochs=1, init_checkpoint=named)
+    assert len(train(phantom_data, anew, tmp_path / "again", progress=False)) == 1
 
 
 def test_a_stop_between_epochs_ends_the_training_and_loses_nothing(phantom_data, uninterrupted, tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import write_subject
+from hypothesis import given
+from hypothesis import strategies as st
 
 from segkit import dataset, runs
 from segkit.errors import SegkitError, SubjectError
 from segkit.locks import alone
-from segkit.splits import Part
+from segkit.splits import Part, make_split
 
 
 def test_the_root_is_found_from_anywhere_inside(tmp_path, monkeypatch):
@@ -58,8 +61,8 @@ def test_written_whole_or_not_at_all(tmp_path):
 
 
 def test_what_killed_processes_left_is_swept_unless_somebody_may_be_writing(tmp_path):
-    left = [tmp_path / ".123.a.json", tmp_path / ".9.folder"]
-    kept = [tmp_path / name for name in (".12.", ".hidden", ".x.y", "123.a", ".lock")]
+    left = [tmp_path / ".123.segkit.a.json", tmp_path / ".9.segkit.folder"]
+    kept = [tmp_path / name for name in (".12.segkit.", ".12.a", ".hidden", ".x.y", "123.a", ".lock")]
 
     def leave():
         left[0].write_text("{")
@@ -171,7 +174,7 @@ def test_what_no_training_subject_annotates_is_not_learned_and_named(tmp_path):
 
 
 def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
-    with pytest.raises(SegkitError, match=r"label_map\.json is missing: no training run"):
+    with pytest.raises(SegkitError, match=r"split\.json is missing: no training run"):
         dataset.open_run(tmp_path, tmp_path / "staged")
     run_of(phantom_data, tmp_path)
     content = json.loads((tmp_path / "split.json").read_text())
@@ -184,6 +187,95 @@ def test_open_run_without_a_run_or_with_its_data_gone(phantom_data, tmp_path):
     (tmp_path / "split.json").write_text("[]")
     with pytest.raises(SegkitError, match=r"split\.json: damaged"):
         dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+
+
+def other_run(data, folder, **parts):
+    """The folder of another run on these data, and a model of it."""
+    folder.mkdir()
+    run_of(replace(data, split=replace(data.split, **parts)), folder)
+    return SimpleNamespace(path=folder / "checkpoint_epoch1.pth", label_map={"liver": 0})
+
+
+def test_what_another_runs_model_was_trained_on_or_chosen_by_is_left_out(phantom_data, tmp_path):
+    names = list(phantom_data.staged)
+    mine, theirs = (tuple(map(Part, chosen)) for chosen in (names[:3], names[2:4]))
+    (tmp_path / "mine").mkdir()
+    run_of(replace(phantom_data, split=replace(phantom_data.split, train=(Part(names[4]),), val=(), test=mine)),
+           tmp_path / "mine")  # fmt: skip
+    for part, left in (("train", mine[:2]), ("val", mine[:2])):
+        model = other_run(phantom_data, tmp_path / part, **{"train": (), "val": (), "test": mine, part: theirs})
+        data = dataset.open_run(tmp_path / "mine", tmp_path / "staged", progress=False, model=model)
+        assert data.split.test == left and data.label_map == {"liver": 0} and set(data.staged) == set(names[:2])
+        [finding] = [finding for finding in data.problems if finding.kind == "seen in training"]
+        assert f"1 of 3 test subjects ({names[2]}): they are left out" in str(finding)
+    model = other_run(phantom_data, tmp_path / "all", train=mine)
+    with pytest.raises(SegkitError, match=r"all/split\.json: the model was trained on, or chosen by, 3 of 3 test subj"):
+        dataset.open_run(tmp_path / "mine", tmp_path / "staged", progress=False, model=model)
+
+
+def test_validation_subjects_stay_where_the_test_is_of_those_anyhow(phantom_data, tmp_path):
+    first, *others = map(Part, phantom_data.staged)
+    (tmp_path / "mine").mkdir()
+    run_of(replace(phantom_data, split=replace(phantom_data.split, train=tuple(others), val=(first,), test=(first,))),
+           tmp_path / "mine")  # fmt: skip
+    model = other_run(phantom_data, tmp_path / "other", train=tuple(others), val=(first,), test=(first,))
+    data = dataset.open_run(tmp_path / "mine", tmp_path / "staged", progress=False, model=model)
+    assert data.split.test == (first,) and data.split.test_name == "val"
+    assert not [finding for finding in data.problems if finding.kind == "seen in training"]
+
+
+def test_a_model_that_says_nothing_of_its_training_is_judged_without_a_run(phantom_data, tmp_path):
+    """As one that somebody shared: labelled scans of one's own are enough, and what cannot be known is said."""
+    model = SimpleNamespace(path=tmp_path / "shared" / "model.safetensors", label_map={"liver": 0})
+    (tmp_path / "outputs").mkdir()
+    data = dataset.open_run(tmp_path / "outputs", tmp_path / "staged", phantom_data.folder, progress=False, model=model)
+    assert data.label_map == {"liver": 0} and not data.split.train
+    # the phantoms name their own test subjects
+    assert data.split.test == phantom_data.split.test
+    assert [finding.kind for finding in data.problems] == ["training not known"]
+    with pytest.raises(
+        SegkitError, match=r"split\.json is missing: no training run there; .* the DATA_DIR of labelled"
+    ):
+        dataset.open_run(tmp_path / "outputs", tmp_path / "staged", progress=False, model=model)
+
+
+def test_scans_that_are_called_like_training_subjects_are_named(phantom_data, tmp_path):
+    """The same data compressed again would be: names alike, files of another size."""
+    run_of(phantom_data, tmp_path)
+    trained = phantom_data.split.train[0].subject
+    for name in (trained, "x1"):
+        write_subject(tmp_path / "other" / name, {"liver": np.ones((3, 3, 3))})
+    data = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "other", progress=False)
+    [finding] = [finding for finding in data.problems if finding.kind == "names of training"]
+    assert f"1 test subjects are called like training subjects, such as {trained}, with CT files of" in str(finding)
+    assert data.split.test == (Part(trained), Part("x1"))
+
+
+slabs = st.none() | st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=4).map(
+    lambda pairs: tuple((start, start + length) for start, length in pairs)
+)
+
+
+@given(st.sampled_from("ab"), slabs, st.sampled_from("ab"), slabs)
+def test_parts_meet_where_they_have_a_slice_in_common(one, slabs_of_one, other, slabs_of_other):
+    first, second = Part(one, slabs_of_one), Part(other, slabs_of_other)
+    common = one == other and bool({*first.slices(40)} & {*second.slices(40)})
+    assert first.meets(second) == second.meets(first) == common
+
+
+def test_a_data_set_without_a_training_subject_says_what_to_do():
+    with pytest.raises(
+        SegkitError, match=r"none of the 2 usable subjects to train, only to validate or test: have some"
+    ):
+        make_split({"a": 9, "b": 9}, {"a": "val", "b": "test"})
+
+
+def test_temporary_files_of_other_programs_are_left_alone(tmp_path):
+    """vim's swap file of 2024.csv, what rsync writes of 12.nii.gz, and what is ours."""
+    for name in (".2024.csv.swp", ".12.nii.gz.Ab3dE9", ".123.segkit.report.html"):
+        (tmp_path / name).write_text("")
+    runs.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".12.nii.gz.Ab3dE9", ".2024.csv.swp"]
 
 
 def test_two_stamps_in_one_second_differ():
@@ -204,12 +296,13 @@ def test_a_training_that_never_began_is_no_older_run(tmp_path):
 
 def test_some_of_the_validation_subjects_are_still_called_so(phantom_data, tmp_path):
     """A data set without test subjects, as the small TotalSegmentator release."""
-    split = replace(phantom_data.split, val=phantom_data.split.train[:2], test=phantom_data.split.train[:2])
+    held_out, rest = phantom_data.split.train[:2], phantom_data.split.train[2:]
+    split = replace(phantom_data.split, train=rest, val=held_out, test=held_out)
     run_of(replace(phantom_data, split=split), tmp_path)
     data = dataset.open_run(tmp_path, tmp_path / "staged", max_subjects=1, progress=False)
     assert len(data.split.test) == 1 and data.split.test_name == "val"
     table = data.structures()  # of what is staged
-    assert table["test_annotated"].max() == 1 and table["train_annotated"].max() == 1
+    assert table["test_annotated"].max() == 1 and table["train_annotated"].max() == 0
 
 
 def test_what_is_excluded_may_be_broken_and_a_warning_stops_nothing(tmp_path):
@@ -248,7 +341,7 @@ def test_a_scan_that_lies_crooked_or_nobody_knows_how_is_told(tmp_path):
 
 
 def test_phantoms_that_another_process_makes_are_left_to_it(tmp_path):
-    draft = tmp_path / ".123.phantoms_16_seed0"
+    draft = tmp_path / ".123.segkit.phantoms_16_seed0"
     draft.mkdir()
     with alone(tmp_path / ".phantoms_16_seed0.lock", "taken"):
         runs.sweep(tmp_path)

@@ -52,6 +52,15 @@ def test_what_is_found_where(tmp_path):
     assert names(subjects / "s0001") == ["s0001"] and names(subjects / "s0001" / "ct.nii.gz") == ["s0001"]
 
 
+def test_scans_are_named_also_from_inside_their_folder(tmp_path, monkeypatch):
+    write_subject(tmp_path / "s0007", {"liver": np.ones((3, 4, 5), bool)})
+    save(make_series(VOLUME, np.eye(4)), tmp_path / "thorax" / "images")
+    monkeypatch.chdir(tmp_path / "s0007" / "segmentations")
+    assert names("../ct.nii.gz") == ["s0007"] and names("..") == ["s0007"]
+    monkeypatch.chdir(tmp_path / "thorax" / "images")
+    assert names("..") == ["thorax"] and names(".") == ["images"]
+
+
 def test_nothing_usable_says_what_is(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "notes.txt").write_text("nothing")

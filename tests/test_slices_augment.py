@@ -109,8 +109,10 @@ def test_balanced_orders_are_repeatable_and_as_long_as_asked(seed, slices, wante
     order = epoch_order(slices, seed, 3, wanted, holds, balance)
     assert len(order) == wanted and all(0 <= place < slices for place in order)
     assert order == epoch_order(slices, seed, 3, wanted, holds, balance)
-    if balance == 1 and holds.any():
-        assert all(holds[place].any() for place in order)
+    reasons = np.concatenate([holds, ~holds.any(1, keepdims=True)], 1)
+    if balance == 1 and holds.any():  # each reason, and that a slice holds none is one, has its turns
+        turns = wanted // reasons.any(0).sum()
+        assert all(sum(reasons[place, reason] for place in order) >= turns for reason in np.flatnonzero(reasons.any(0)))
 
 
 def test_balance_gives_a_rare_structure_its_turns():
@@ -118,11 +120,45 @@ def test_balance_gives_a_rare_structure_its_turns():
     holds = np.zeros((1000, 2), bool)
     holds[:500, 0] = holds[990:, 1] = True
     rare = lambda balance: sum(place >= 990 for place in epoch_order(1000, 0, 1, 400, holds, balance))  # noqa: E731
-    assert rare(1.0) == 200  # every second turn
-    assert 100 <= rare(0.5) <= 100 + 10  # and at most once each in the shuffled pass
+    assert 133 <= rare(1.0) <= 134  # every third turn: two structures, and none of them
+    assert 66 <= rare(0.5) <= 67 + 10  # and at most once each in the shuffled pass
     assert rare(0.0) <= 10
-    once = epoch_order(1000, 0, 1, 20, holds, 1.0)
+    once = epoch_order(1000, 0, 1, 30, holds, 1.0)
     assert sorted(place for place in once if place >= 990) == list(range(990, 1000))  # each of its slices once
+
+
+def test_of_one_structure_every_second_slice_holds_it_and_the_others_are_seen():
+    holds = (np.arange(300) < 12)[:, None]
+    order = epoch_order(300, 0, 1, 200, holds, 1.0)
+    assert sum(place < 12 for place in order) == 100 and len({place for place in order if place >= 12}) == 100
+    assert sorted(epoch_order(300, 0, 1, 300, np.ones((300, 1), bool), 1.0)) == list(range(300))  # all hold it
+
+
+def test_a_slice_is_sampled_alike_whatever_it_shares_a_batch_with():
+    """Of 40, 100 and 200 pixels at 32 x 32: one, three and six samples a side."""
+    random = np.random.default_rng(0)
+    hus = [random.integers(-900, 900, (size, size)) for size in (40, 100, 200)]
+    alone = [one_batch(hu, hu > 0) for hu in hus]
+    items = [{"hu": each.hu[0], "codes": each.codes[0], "spacing_mm": (1.0, 1.0), "codebook": each.codebook[0],
+              "annotated": each.annotated[0]} for each in alone]  # fmt: skip
+    together = collate(list(enumerate(items)))
+    assert augment.shrinking(together, (32, 32)) == [1, 3, 6]
+    assert [augment.shrinking(each, (32, 32)) for each in alone] == [[1], [3], [6]]
+    settings = Augmentation(flip_left_right=True, elastic_mm=2)
+    for variation in (None, augment.draw(settings, 0, 1, range(3))):
+        images, targets = to_network(together, (32, 32), variation, [0])
+        for place, each in enumerate(alone):
+            own = None if variation is None else variation.at([place])
+            image, target = to_network(each, (32, 32), own, [0])
+            assert torch.allclose(images[place], image[0], atol=1e-3) and torch.equal(
+                targets.codes[place], target.codes[0]
+            )
+
+
+def test_batches_lie_where_a_gpu_reads_them_only_for_a_gpu(phantom_data):
+    data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
+    assert [batches(data, [0], 1, device=torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [False, True]
+    assert not batches(data, [0], 1).pin_memory
 
 
 def test_an_interrupted_epoch_goes_on_where_it_stopped(phantom_data):

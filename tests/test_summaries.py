@@ -93,6 +93,16 @@ def test_without_a_case_there_is_no_mean_and_with_one_subject_no_interval():
     assert one["macro_dice"] == 0.5 and one["macro_dice_low"] is None and one["macro_dice_high"] is None
 
 
+def test_what_one_of_several_subjects_holds_has_no_interval_either():
+    table = summaries.per_structure(EXAMPLE).set_index("structure")
+    assert table.loc["aorta", "dice"] == 0.6 and table.loc["aorta", ["dice_low", "dice_high"]].isna().all()
+    assert table.loc["liver", ["dice_low", "dice_high"]].tolist() == [0.5, 1.0]  # of two subjects: these two
+    groups = summaries.aggregate(EXAMPLE, ["dice"]).set_index("over")
+    vessels = group_of("aorta")
+    assert groups.loc[vessels, "mean"] == 0.6 and groups.loc[vessels, ["low", "high"]].isna().all()
+    assert groups.loc["structures", ["low", "high"]].notna().all()
+
+
 def test_intervals_are_those_of_scipys_bootstrap():
     random = np.random.default_rng(1)
     dice = random.beta(5, 2, 40)
@@ -119,6 +129,8 @@ def test_means_lie_in_their_intervals_and_order_does_not_matter(seed, subjects, 
     scores = table_of(*cases)
     table = summaries.aggregate(scores, ["dice", "hd95_mm"])
     known = table.dropna()
+    held = table[table["mean"].notna() & ((table["over"] == "subjects") & (table["n"] > 1))]
+    assert held["low"].notna().all() and held["high"].notna().all()
     assert (known["low"] <= known["mean"] + 1e-12).all() and (known["mean"] <= known["high"] + 1e-12).all()
     assert (table["mean"].isna() == (table["cases"] == 0)).all()
     shuffled = summaries.aggregate(scores.sample(frac=1, random_state=0), ["dice", "hd95_mm"])

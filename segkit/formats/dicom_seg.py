@@ -6,6 +6,7 @@ a further file of the same series: highdicom would otherwise need a byte for eac
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,11 +58,17 @@ def make_segmentations(volume: CodeVolume, grid: Grid, files: Sequence[Path]) ->
         pixels = np.empty(planes.shape, table.dtype)  # (k, j, i): image, row, column
         for plane, codes in zip(pixels, planes, strict=True):
             np.take(table, codes, out=plane)
-        try:
-            yield _segmentation(pixels, layer, source, series, number)
-        except (AttributeError, ValueError, TypeError) as error:
-            text = f"DICOM SEG: {files[0]}: the series lacks what a segmentation repeats of it ({error}); "
-            raise SegkitError(text + "choose 'nifti' or 'slicer'") from error
+        yield _segmentation(pixels, layer, source, series, number)
+
+
+def check_series(grid: Grid, files: Sequence[Path]) -> None:
+    """Raise SegkitError, as `make_segmentations` would, for files that cannot have a segmentation on `grid`."""
+    from highdicom import UID
+
+    source = _read_source(files, grid)
+    pixels = np.zeros((1, *grid.shape[1::-1]), np.uint8)
+    pixels[0, 0, 0] = 1
+    _segmentation(pixels, ("liver",), source[:1], UID(), 1)
 
 
 def _read_source(files: Sequence[Path], grid: Grid) -> Sequence[Dataset]:
@@ -78,11 +85,44 @@ def _read_source(files: Sequence[Path], grid: Grid) -> Sequence[Dataset]:
         source = [pydicom.dcmread(path, stop_before_pixels=True) for path in files]
     except (OSError, pydicom.errors.InvalidDicomError) as error:
         raise SegkitError(f"DICOM SEG: expected a scan of DICOM files ({error}); {advice}") from error
+    if not all(image.get("FrameOfReferenceUID") for image in source):
+        raise SegkitError(
+            f"DICOM SEG: {files[0]}: the series names no frame of reference, in which a segmentation lies; {advice}"
+        )
     for image in source:
-        for keyword in MAY_BE_EMPTY:
-            if keyword not in image:
-                setattr(image, keyword, "")
+        _mend(image, source[0], float(np.linalg.norm(grid.affine[:3, 2])))
     return source
+
+
+def _mend(image: Dataset, first: Dataset, step_mm: float) -> None:
+    """Give an image's header what a segmentation repeats of it, where a series lacks it or says what is not so.
+
+    step_mm: from slice to slice, as their positions say. What nobody needs to know becomes empty, where highdicom would
+    refuse it. Orientations of one series may differ in a last digit; a segmentation has one.
+    """
+    from highdicom import PatientSexValues
+    from pydicom.valuerep import DA, TM
+
+    for keyword in MAY_BE_EMPTY:
+        if keyword not in image:
+            setattr(image, keyword, "")
+    for keyword, kind in (
+        ("PatientSex", PatientSexValues),
+        ("PatientBirthDate", DA),
+        ("StudyDate", DA),
+        ("StudyTime", TM),
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydicom's, of the very values that are looked for
+                if image[keyword].value:
+                    kind(image[keyword].value)
+        except ValueError:
+            setattr(image, keyword, "")
+    image.SpacingBetweenSlices = round(step_mm, 6)
+    if not image.get("SliceThickness"):
+        image.SliceThickness = round(step_mm, 6)
+    image.ImageOrientationPatient = first.ImageOrientationPatient
 
 
 def _segmentation(
@@ -90,22 +130,29 @@ def _segmentation(
 ) -> Segmentation:
     import highdicom as hd
 
-    return hd.seg.Segmentation(
-        source_images=source,
-        pixel_array=pixels,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_description(name, place) for place, name in enumerate(layer, start=1)],
-        series_instance_uid=series,
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=hd.UID(),
-        instance_number=number,
-        manufacturer="segkit",
-        manufacturer_model_name="segkit",
-        software_versions=segkit.__version__,
-        device_serial_number="none",
-        series_description="segkit: for research, not for diagnosis",
-        content_label="SEGKIT",
-    )
+    try:
+        return hd.seg.Segmentation(
+            source_images=source,
+            pixel_array=pixels,
+            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=[_description(name, place) for place, name in enumerate(layer, start=1)],
+            series_instance_uid=series,
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=hd.UID(),
+            instance_number=number,
+            manufacturer="segkit",
+            manufacturer_model_name="segkit",
+            software_versions=segkit.__version__,
+            device_serial_number="none",
+            series_description="segkit: for research, not for diagnosis",
+            content_label="SEGKIT",
+            specific_character_set="ISO_IR 192",  # UTF-8: structures have names of any script
+        )
+    except (AttributeError, ValueError, TypeError) as error:
+        raise SegkitError(
+            f"DICOM SEG: {source[0].filename}: the series lacks what a segmentation repeats of it ({error}); choose "
+            "'nifti' or 'slicer'"
+        ) from error
 
 
 def _description(name: str, number: int) -> SegmentDescription:

@@ -17,19 +17,20 @@ from segkit.formats.nifti import Grid
 from segkit.formats.nifti_writing import LABEL, file_planes, write_nifti
 from segkit.labels import OFFICIAL, check_name, rgb_of
 
-IDS = "v2"
-"""The release whose numbers are taken where it knows every structure."""
+IDS = ("v2", "v3", "v1")
+"""The releases whose numbers are taken: those of the first that knows every structure."""
 
 
 def number_structures(structures: Sequence[str]) -> dict[str, int]:
-    """Structure -> number: TotalSegmentator's own of v2 where all names are of v2, else 1 to n in the given order.
+    """Structure -> number: TotalSegmentator's own of the first of IDS that has all names, else 1 to n in their order.
 
     Raises SegkitError for a name that is not safe in a table (`segkit.labels.check_name`).
     """
     for name in structures:
         check_name(name)
-    if all(name in OFFICIAL and IDS in OFFICIAL[name].ids for name in structures):
-        return {name: OFFICIAL[name].ids[IDS] for name in structures}
+    for release in IDS:
+        if all(name in OFFICIAL and release in OFFICIAL[name].ids for name in structures):
+            return {name: OFFICIAL[name].ids[release] for name in structures}
     return {name: number for number, name in enumerate(structures, 1)}
 
 

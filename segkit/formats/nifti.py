@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -37,6 +37,12 @@ SIDES_MM = (0.01, 100.0)
 
 RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
+PLACING = (
+    "pixdim", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "sform_code",
+    "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+"""The fields of a NIfTI header that place its voxels."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -44,6 +50,9 @@ class Grid:
 
     shape: tuple[int, int, int]
     affine: np.ndarray
+    placing: Mapping[str, np.ndarray] | None = None
+    """What a NIfTI header says of the place, the fields PLACING: viewers choose between its two affines by their own
+    rules, and a file beside another one has to say the same. None of other files."""
 
     @property
     def orientation(self) -> str:
@@ -95,7 +104,7 @@ def read_volume(path: Path, subject: str, findings: Findings | None = None) -> t
     """Read a 3-D NIfTI file (or 4-D with one volume): its array (i, j, k), stored dtype or scaled float, and its grid.
 
     The array is read-only and in the file's memory order, a view on what was decompressed wherever nothing is scaled.
-    A header that does not say how the scan lies is reported in `findings`: nibabel makes a place up.
+    A header that does not say how the scan lies, or says two different things, is reported in `findings`.
     Raises SubjectError that names the subject and the file for a file that is missing, damaged, cut short, not 3-D, not
     of real numbers or without a usable affine; nothing is allocated for dimensions that the file cannot hold.
     """
@@ -104,6 +113,12 @@ def read_volume(path: Path, subject: str, findings: Findings | None = None) -> t
         text = "its header says nothing of orientation (sform_code and qform_code are 0): left and right, front and "
         text += "back are guessed; compare with what is known of the scan"
         findings.add("warning", "no orientation", f"{path}: {text}")
+    if findings is not None and (apart := volume.apart_mm()) > min(volume.grid.spacing_mm) / 2:
+        text = (
+            f"its two affines, sform and qform, lie {apart:.1f} mm apart: the sform is taken; programs that take the "
+        )
+        text += "qform, as those on ITK (3D Slicer, ITK-SNAP) may, show it elsewhere: make them the same"
+        findings.add("warning", "two places", f"{path}: {text}", value=apart)
     [whole] = volume.pieces(math.prod(volume.grid.shape))
     return whole.reshape(volume.grid.shape, order="F"), volume.grid
 
@@ -139,6 +154,16 @@ class Volume:
         self.is_oriented = bool(file.header["sform_code"] or file.header["qform_code"])
         slope, intercept = file.header.get_slope_inter()
         self._scaling = None if slope is None or (slope, intercept) == (1, 0) else (slope, intercept)
+
+    def apart_mm(self) -> float:
+        """How far apart the header's two affines, sform and qform, place a corner; 0 where it has one."""
+        header = self._file.header
+        if not (header["sform_code"] and header["qform_code"]):
+            return 0.0
+        try:
+            return self.grid.distance_mm(Grid(self.grid.shape, header.get_qform()))
+        except (ValueError, nib.spatialimages.HeaderDataError):  # numbers that are no rotation: nobody takes those
+            return 0.0
 
     def pieces(self, voxels: int = PIECE) -> Iterator[np.ndarray]:
         """The voxels in the order of the file (i fastest), `voxels` at a time: flat arrays, read-only.
@@ -250,7 +275,8 @@ def _checked(header: nib.Nifti1Header, where: str) -> tuple[Grid, np.dtype]:
     dtype = header.get_data_dtype()
     if dtype.kind not in "buif":
         raise SubjectError(f"{where}: expected one number a voxel, found {dtype}")
-    return usable_grid(shape, np.asarray(header.get_best_affine(), float), where), dtype
+    grid = usable_grid(shape, np.asarray(header.get_best_affine(), float), where)
+    return replace(grid, placing={name: header[name].copy() for name in PLACING}), dtype
 
 
 def usable_grid(shape: tuple[int, int, int], affine: np.ndarray, where: str) -> Grid:

@@ -19,7 +19,6 @@ LABEL = "label"
 
 _GZIP = 31  # zlib's wbits for a gzip header and checksum
 _LEVEL = 1  # of isal: on label volumes as small as level 2, and ten times as fast as 3 (measured)
-_SHEAR = 1e-4  # a quaternion cannot hold more
 
 
 def file_planes(volume: np.ndarray, grid: Grid) -> np.ndarray:
@@ -32,7 +31,9 @@ def write_nifti(
 ) -> None:
     """Write `path` (.nii.gz) on `grid` from its planes (j, i) along k, each of `dtype`.
 
-    The affine goes into sform and qform; where it is sheared, which a qform cannot say, into sform alone.
+    It is placed as the NIfTI file that the grid is of, field by field (`Grid.placing`). Of another file's grid the
+    affine goes into the sform, and into the qform, which can say no shear, what is nearest to it: ITK refuses files
+    without a rotation.
     `extension` becomes the header's first extension, code 0.
     """
     with open(path, "wb") as file:
@@ -53,10 +54,11 @@ def _header(grid: Grid, dtype: np.dtype, intent: str, extension: bytes) -> bytes
     header.set_data_dtype(dtype)
     header.set_data_shape(grid.shape)
     header.set_xyzt_units("mm")
-    header.set_sform(grid.affine, "scanner")
-    header.set_qform(grid.affine, "scanner")
-    if not np.allclose(header.get_qform(), grid.affine, atol=_SHEAR * max(grid.spacing_mm)):
-        header["qform_code"] = 0
+    if grid.placing is None:
+        header.set_sform(grid.affine, "scanner")
+        header.set_qform(grid.affine, "scanner")
+    for name, value in (grid.placing or {}).items():
+        header[name] = value
     header["descrip"] = b"segkit: for education and research, not for diagnosis"
     if intent:
         header.set_intent(intent)

@@ -2,12 +2,13 @@
 
 Codes come from `snomed.csv`: of the DICOM standard's own tables (PS3.16) where these hold them, the others (ribs,
 muscles and a few more) as in TotalSegmentator's public mapping. A structure that is not in it gets a code of segkit's
-own scheme 99SEGKIT, which says its name and no more.
+own scheme 99SEGKIT, which is its name, or where that is too long or of another script a digest of it.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,15 @@ def term_of(structure: str) -> Term:
         return Term(category, table[structure])
     if base in table:
         return Term(category, table[base], SIDES.get(side) if side else None)
-    return Term(category, Code(structure[:LONGEST_CODE], structure[:LONGEST_MEANING], OWN_SCHEME))
+    return Term(category, Code(_own_code(structure), structure[:LONGEST_MEANING], OWN_SCHEME))
+
+
+def _own_code(structure: str) -> str:
+    """A code as long as codes may be, another one for each name: the name itself, or its beginning and a digest."""
+    if len(structure) <= LONGEST_CODE and structure.isascii():
+        return structure
+    digest = hashlib.sha256(structure.encode()).hexdigest()[:8]
+    return f"{structure.encode('ascii', 'ignore').decode()[: LONGEST_CODE - 9]}-{digest}"
 
 
 @cache
