@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.page import number
-from benchmarks.tables import Table
+from benchmarks.tables import Row, Table
 from segkit.styles import BLUE, GREEN, GREY, VERMILION, save_figure
 
 SLOWER, FASTER, FLOOR, OURS = BLUE, VERMILION, GREY, GREEN
@@ -23,21 +23,29 @@ def draw(tables: Sequence[Table], path: Path) -> None:
     scored = [(table, rows) for table, rows in scored if rows]
     lines = max(sum(len(rows) + 1 for _, rows in part) for part in (timed, scored, [(None, [0])]))
     figure = Figure(figsize=(13, 0.9 + 0.19 * lines), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if scored else (figure.subplots(), None)
-    _bars(left, [(table.title, [(row.side, row.times, _colour(row.kind, row.times)) for row in rows])
-                 for table, rows in timed], start=1)  # fmt: skip
-    left.set_xscale("log")
-    left.axvline(1, color="black", linewidth=0.8)
-    left.set_xlabel("times as long as segkit (blue: slower, orange: faster, grey: a floor)")
-    if right is not None:
-        _bars(right, [(table.title, [(row.side, row.score, {"segkit": OURS, "floor": FLOOR}.get(row.kind, SLOWER))
-                                     for row in rows]) for table, rows in scored], start=0)  # fmt: skip
-        right.set_xlim(0, 1)
-        right.set_xlabel("macro Dice (green: segkit, grey: the best that its input size allows)")
+    panels = [panel for panel, groups in ((_times, timed), (_scores, scored)) if groups] or [_times]
+    widths = [3, 2] if len(panels) == 2 else [1]
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], strict=True):
+        panel(axes, scored if panel is _scores else timed)
     for axes in figure.axes:
         axes.set_ylim(lines, -1)  # bars of both are as thick
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
+
+
+def _times(axes: Axes, groups: Sequence[tuple[Table, list[Row]]]) -> None:
+    _bars(axes, [(table.title, [(row.side, row.times, _colour(row.kind, row.times)) for row in rows])
+                 for table, rows in groups], start=1)  # fmt: skip
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as long as segkit (blue: slower, orange: faster, grey: a floor)")
+
+
+def _scores(axes: Axes, groups: Sequence[tuple[Table, list[Row]]]) -> None:
+    _bars(axes, [(table.title, [(row.side, row.score, {"segkit": OURS, "floor": FLOOR}.get(row.kind, SLOWER))
+                                for row in rows]) for table, rows in groups], start=0)  # fmt: skip
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("macro Dice (green: segkit, grey: the best that its input size allows)")
 
 
 def _colour(kind: str, times: float) -> str:

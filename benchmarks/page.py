@@ -50,20 +50,21 @@ def summary(tables: Sequence[Table]) -> str:
 
 
 def where_others_win(table: Table) -> list[str]:
-    """A sentence for each peer that beats a row of segkit: the first one in time and memory, any in score."""
-    all_ours = [row for row in table.rows if row.kind == "segkit"]
-    ours = all_ours[0] if all_ours else None
-    said = []
+    """A sentence for each peer that beats segkit: the table's first row of segkit in time and memory; in score, and in
+    memory where models are scored, the last one above the peer, which had the same budget."""
+    first = next((row for row in table.rows if row.kind == "segkit"), None)
+    ours, said = first, []
     for row in table.rows:
+        if row.kind == "segkit" and row.score is not None:
+            ours = row
         if ours is None or row.kind != "peer":
             continue
         if row.times is not None and row.times < 1:
             said.append(f"{row.side} takes {row.times:.2f} times as long as segkit")
         if row.peak_mb and ours.peak_mb and row.peak_mb < ours.peak_mb:
-            said.append(f"{row.side} needs {row.peak_mb:,} MB, segkit {ours.peak_mb:,}")
-        if row.score is not None:
-            worse = [other for other in all_ours if other.score is not None and row.score > other.score]
-            said += [f"{row.side} reaches {row.score:.3f}, {other.side} {other.score:.3f}" for other in worse]
+            said.append(f"{row.side} needs {row.peak_mb:,} MB, {ours.side} {ours.peak_mb:,}")
+        if row.score is not None and ours.score is not None and row.score > ours.score:
+            said.append(f"{row.side} reaches {row.score:.3f}, {ours.side} {ours.score:.3f}")
     return said
 
 

@@ -146,8 +146,22 @@ def test_a_table_is_rendered_with_who_was_better():
     assert lines[12:15] == ["| head | x |", "|---|---|", "| row | 1 |"] and "- A note." in lines
     assert page.where_others_win(example()) == [
         "quick one takes 0.50 times as long as segkit",
-        "quick one needs 100 MB, segkit 1,234",
+        "quick one needs 100 MB, ours 1,234",
         "quick one reaches 0.750, ours 0.600",
+    ]
+
+
+def test_scores_are_compared_within_a_budget():
+    """A peer that had ten minutes is not held against what segkit reached in one."""
+    rows = [
+        Row("segkit, long", "segkit", 10.0, score=0.7, peak_mb=100),
+        Row("peer, long", "peer", 10.0, score=0.4, peak_mb=120),
+        Row("segkit, short", "segkit", 1.0, score=0.3, peak_mb=110),
+        Row("peer, short", "peer", 1.0, score=0.35, peak_mb=105),
+    ]
+    assert page.where_others_win(Table("quality", "Quality", "", rows)) == [
+        "peer, short needs 105 MB, segkit, short 110",
+        "peer, short reaches 0.350, segkit, short 0.300",
     ]
 
 
@@ -166,6 +180,17 @@ def test_the_page_says_that_it_is_quick_and_what_failed(tmp_path):
     assert "quick form" not in part and "Left out of this run: `demo`, `growth`." in part
     chart.draw([example()], tmp_path / "images" / "chart.png")
     assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_has_a_panel_for_what_was_measured(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(chart, "save_figure", lambda path, figure: figures.append(figure))
+    timed = Table("t", "Timed", "", [Row("ours", "segkit", 1.0, 1.0), Row("other", "peer", 2.0, 2.0)])
+    scored = Table("q", "Quality", "", [Row("ours", "segkit", 1.0, score=0.5)])
+    for tables_shown in ([timed, scored], [timed], [scored], []):
+        chart.draw(tables_shown, tmp_path / "chart.png")
+    assert [len(figure.axes) for figure in figures] == [2, 1, 1, 1]
+    assert figures[2].axes[0].get_xlabel().startswith("macro Dice")
 
 
 def test_numbers_show_three_digits():
