@@ -36,7 +36,6 @@ from benchmarks.bench import QUICK, Bench, Sizes
 from benchmarks.sides import ROOT
 from benchmarks.tables import Table, code_of
 from segkit.devices import pick_device
-from segkit.record import git_state
 from segkit.runs import write_whole
 
 
@@ -99,7 +98,7 @@ def main() -> None:
     if chosen.fresh:
         shutil.rmtree(bench.work / "results", ignore_errors=True)
     described = bench.store.once("machine", lambda: machine.describe(bench.threads, bench.device, bench.peers))
-    described["git"] = git_state(ROOT)  # a run that goes on may do so at a later commit that changes nothing measured
+    described["git"] = machine.commit()  # a run that goes on may do so at a later one that changes nothing measured
     wanted = works(bench)
     usual = [work.name for work in wanted if not (bench.quick and work.name.startswith("quality"))]
     tables, failed = measure_all(bench, wanted, usual if chosen.only is None else chosen.only)

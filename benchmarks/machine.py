@@ -34,10 +34,15 @@ def describe(threads: int, device: str | None, peers_python: str | None) -> dict
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "device": describe_device(where),
-        "git": git_state(ROOT),
+        "git": commit(),
         **versions(peers_python),
         "rates": rates(where),
     }
+
+
+def commit() -> dict | None:
+    """`git_state` of what is measured: the page itself may differ from it."""
+    return git_state(ROOT, ("segkit", "benchmarks", "notebooks"))
 
 
 def versions(peers_python: str | None) -> dict[str, dict]:

@@ -64,7 +64,7 @@ def case_sample(row: Mapping[str, Any], subject: StagedSubject, part: Part, pred
     slices = part.slices(len(labels.codes))
     z = slices[int(reference.mask(structure)[slices].sum((1, 2)).argmax())]
     title = f"{row['case']}: {row['subject']}, {structure}, Dice {row['dice']:.2f}"
-    of_slice = (volume.with_codes(volume.codes[z]) for volume in (reference, predicted))
+    of_slice = (volume.at(z) for volume in (reference, predicted))
     return (title, subject.hu(z), *of_slice, subject.spacing_mm[1:])
 
 

@@ -95,8 +95,12 @@ class CodeVolume:
         return table
 
     def with_codes(self, codes: np.ndarray) -> CodeVolume:
-        """The same codebook over other codes, of any shape: a slice, a crop, another orientation."""
+        """The same codebook over other codes, of any shape: another orientation, others in their place."""
         return CodeVolume(codes, self.codebook, self.structures)
+
+    def at(self, place: int | slice | np.ndarray | Sequence[int] | tuple[slice, ...]) -> CodeVolume:
+        """The part of the codes at an index of numpy: a slice, some slices, a box."""
+        return self.with_codes(self.codes[place])
 
     def within(self, slices: Sequence[int]) -> CodeVolume:
         """The volume with background outside of `slices` of the first axis: what is left stays at its place."""

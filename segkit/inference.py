@@ -127,7 +127,7 @@ class Predictor:
         for place, logits, _, way in self._slices(subject, there, False, False, progress):
             collector.add(place, logits, self.logit_thresholds, way)
         volume, _ = collector.finish()
-        return volume if wanted == there else volume.with_codes(volume.codes[np.searchsorted(there, wanted)])
+        return volume if wanted == there else volume.at(np.searchsorted(there, wanted))
 
     def segment(
         self,

@@ -48,7 +48,7 @@ def make_meshes(volume: CodeVolume, grid: Grid, structures: Sequence[str] | None
         box = boxes.get(name, NOWHERE)
         affine = canonical_affine.copy()
         affine[:3, 3] += affine[:3, :3] @ [side.start for side in box[::-1]]
-        mesh = make_mesh(volume.with_codes(volume.codes[box]).mask(name), affine)
+        mesh = make_mesh(volume.at(box).mask(name), affine)
         if mesh is not None:
             meshes[name] = mesh
     return meshes

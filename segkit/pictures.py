@@ -22,7 +22,9 @@ from skimage.measure import find_contours
 
 from segkit.codes import CodeVolume
 from segkit.labels import OFFICIAL, color_of, rgb_of
+from segkit.scans import Scan
 from segkit.splits import Part
+from segkit.staging import StagedSubject
 from segkit.styles import GREEN, SKY, VERMILION, YELLOW, sentence
 
 WINDOWS = {
@@ -85,7 +87,7 @@ def outlines(volume: CodeVolume) -> list[np.ndarray]:
     hung = volume.with_codes(hang(volume.codes))
     found = []
     for name, box in hung.boxes().items():
-        inside = hung.with_codes(hung.codes[box]).mask(name)
+        inside = hung.at(box).mask(name)
         corner = [side.start - 1 for side in box]  # a rim of air closes the outline at the border of the slice
         found += [(line + corner)[:, ::-1] for line in find_contours(np.pad(inside, 1).astype(float), 0.5)]
     return found
@@ -198,6 +200,11 @@ def spread_slices(volume: CodeVolume, part: Part, number: int) -> list[int]:
     held = [z for z in slices if holds[volume.codes[z]].any()] or slices
     places = (np.arange(number) + 0.5) / number * len(held)
     return sorted({held[int(place)] for place in places}, reverse=True)
+
+
+def sample(scan: StagedSubject | Scan, z: int, *layers: CodeVolume) -> tuple:
+    """What `plot_slices` and `plot_predictions` show of a slice: title, HU (y, x), the codes (y, x) given, spacing."""
+    return (f"{scan.name}, slice {z}", scan.hu(z), *layers, scan.spacing_mm[1:])
 
 
 def plot_slices(

@@ -18,7 +18,7 @@ from segkit.errors import Findings, SegkitError, SubjectError
 from segkit.formats.nifti_writing import file_planes, write_nifti
 from segkit.inference import Predictor, Segmentation
 from segkit.locks import alone
-from segkit.pictures import plot_slices, spread_slices
+from segkit.pictures import plot_slices, sample, spread_slices
 from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
 from segkit.scans import Scan, ScanSource, read_scan
 from segkit.settings import Segmenting
@@ -184,8 +184,5 @@ def picture(outcome: Outcome, slices: int = 4) -> Figure:
     if scan is None or found is None:
         raise SegkitError(f"{outcome}; {'; '.join(map(str, outcome.findings.errors))}")
     chosen = spread_slices(found.codes, Part(scan.name), slices)
-    samples = [
-        (f"{scan.name}, slice {z}", scan.hu(z), found.codes.with_codes(found.codes.codes[z]), scan.spacing_mm[1:])
-        for z in chosen
-    ]
+    samples = [sample(scan, z, found.codes.at(z)) for z in chosen]
     return plot_slices(samples, () if found.uncertainty is None else list(found.uncertainty[chosen]))

@@ -46,16 +46,7 @@ def sample_predictions(
     reference = pictures.only(subject.labels(), data.label_map)  # others are not the network's to find
     chosen = pictures.spread_slices(reference, part, slices)
     predicted = predictor.predict_slices(subject, chosen)
-    samples = [
-        (
-            f"{subject.name}, slice {z}",
-            subject.hu(z),
-            reference.with_codes(reference.codes[z]),
-            predicted[z],
-            subject.spacing_mm[1:],
-        )
-        for z in chosen
-    ]
+    samples = [pictures.sample(subject, z, reference.at(z), predicted[z]) for z in chosen]
     return pictures.plot_predictions(
         samples, f"{subject.name} (val split), {', '.join(c.path.name for c in checkpoints)}"
     )

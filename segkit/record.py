@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,14 +44,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def git_state(folder: Path) -> dict | None:
-    """The commit that the code in `folder` is of, and whether files differ from it; None where it is not a clone."""
+def git_state(folder: Path, parts: Sequence[str] = ()) -> dict | None:
+    """The commit that the code in `folder` is of, and whether files differ from it; None where it is not a clone.
+
+    parts: the files and folders in it that are asked about, all by default.
+    """
     if not (folder / ".git").exists():  # an installed package: some other repository may hold the environment
         return None
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *parts])
         )
     except (OSError, subprocess.SubprocessError):  # no git, or a damaged clone: no reason to stop a training
         return None

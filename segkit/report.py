@@ -134,16 +134,8 @@ class Report:
         """`segmentation_visualization_<stamp>.png`: some slices of a subject, of the first one by default."""
         part = self.data.test_part(subject_name)
         subject, (reference, prediction) = self.data.staged[part.subject], self.layers(part.subject).values()
-        samples = [
-            (
-                f"{subject.name}, slice {z}",
-                subject.hu(z),
-                reference.with_codes(reference.codes[z]),
-                prediction.with_codes(prediction.codes[z]),
-                subject.spacing_mm[1:],
-            )
-            for z in pictures.spread_slices(reference, part, slices)
-        ]
+        chosen = pictures.spread_slices(reference, part, slices)
+        samples = [pictures.sample(subject, z, reference.at(z), prediction.at(z)) for z in chosen]
         title = f"{subject.name} ({self.split} split)"
         return self._save("segmentation_visualization", pictures.plot_predictions(samples, title))
 

@@ -217,7 +217,7 @@ def _beside(path: Path) -> Path:
 
 def discard(path: Path) -> None:
     """Remove a file or folder, if it is there, first from its name: nobody finds, or goes on writing, half of it."""
-    gone = path.with_name(f".{os.getpid()}.segkit.{time.monotonic_ns()}")
+    gone = _beside(path.with_name(str(time.monotonic_ns())))
     with suppress(FileNotFoundError):
         path.rename(gone)
         if gone.is_dir() and not gone.is_symlink():

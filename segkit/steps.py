@@ -200,4 +200,4 @@ def train_voxels(data: Data) -> Iterator[tuple[Mapping[str, int], int]]:
         else:
             zs = part.slices(subject.shape[0])
             volume = subject.labels()
-            yield volume.with_codes(volume.codes[zs]).voxels(), len(zs) * int(np.prod(subject.shape[1:]))
+            yield volume.at(zs).voxels(), len(zs) * int(np.prod(subject.shape[1:]))

@@ -91,7 +91,7 @@ def surface_scores(
         if held < 2:
             return (0.0 if held else math.nan, *[math.nan] * 4)
         own = [of_volume[name] for of_volume in boxes]
-        parts = [volume.with_codes(volume.codes[box]).mask(name) for volume, box in zip(volumes, own, strict=True)]
+        parts = [volume.at(box).mask(name) for volume, box in zip(volumes, own, strict=True)]
         crops, first = _side_by_side(parts, own, ruler.margin)
         asked = None if slices is None else _Asked.of(scored, first[0], len(crops[0]))
         if slices is not None:

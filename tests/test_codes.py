@@ -24,6 +24,7 @@ def test_codes_worked_out_by_hand():
     assert volume.codes.tolist() == [1, 3, 2, 0] and volume.codes.dtype == np.uint8
     assert volume.codebook.tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
     assert volume.voxels() == {"a": 2, "b": 2, "absent": 0}
+    assert volume.at(slice(1, 3)).codes.tolist() == [3, 2] and volume.at(1).mask("b").tolist() is True
 
 
 @settings(max_examples=150, deadline=None)

@@ -58,6 +58,7 @@ def test_the_state_of_the_code_is_that_of_git(tmp_path):
     assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "changed": False}
     (tmp_path / "file").write_text("2")
     assert git_state(tmp_path)["changed"]
+    assert not git_state(tmp_path, ["elsewhere"])["changed"]
     shutil.rmtree(tmp_path / ".git")
     (tmp_path / ".git").mkdir()
     assert git_state(tmp_path) is None  # damaged

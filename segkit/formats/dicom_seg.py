@@ -75,7 +75,8 @@ def _read_source(files: Sequence[Path], grid: Grid) -> Sequence[Dataset]:
     """What the files of a series say without their pixels, a file a plane of `grid`."""
     import pydicom
 
-    advice = "choose 'nifti' or 'slicer', or give the folder of the DICOM series as input"
+    others = "choose 'nifti' or 'slicer'"
+    advice = f"{others}, or give the folder of the DICOM series as input"
     if len(files) != grid.shape[2]:
         raise SegkitError(
             f"DICOM SEG: expected a DICOM file for each of {grid.shape[2]} slices, found {len(files)} files "
@@ -87,7 +88,7 @@ def _read_source(files: Sequence[Path], grid: Grid) -> Sequence[Dataset]:
         raise SegkitError(f"DICOM SEG: expected a scan of DICOM files ({error}); {advice}") from error
     if not all(image.get("FrameOfReferenceUID") for image in source):
         raise SegkitError(
-            f"DICOM SEG: {files[0]}: the series names no frame of reference, in which a segmentation lies; {advice}"
+            f"DICOM SEG: {files[0]}: the series names no frame of reference, in which a segmentation lies; {others}"
         )
     for image in source:
         _mend(image, source[0], float(np.linalg.norm(grid.affine[:3, 2])))
@@ -106,19 +107,15 @@ def _mend(image: Dataset, first: Dataset, step_mm: float) -> None:
     for keyword in MAY_BE_EMPTY:
         if keyword not in image:
             setattr(image, keyword, "")
-    for keyword, kind in (
-        ("PatientSex", PatientSexValues),
-        ("PatientBirthDate", DA),
-        ("StudyDate", DA),
-        ("StudyTime", TM),
-    ):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # pydicom's, of the very values that are looked for
+    kinds = {"PatientSex": PatientSexValues, "PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of the very values that are looked for
+        for keyword, kind in kinds.items():
+            try:
                 if image[keyword].value:
                     kind(image[keyword].value)
-        except ValueError:
-            setattr(image, keyword, "")
+            except ValueError:
+                setattr(image, keyword, "")
     image.SpacingBetweenSlices = round(step_mm, 6)
     if not image.get("SliceThickness"):
         image.SliceThickness = round(step_mm, 6)
