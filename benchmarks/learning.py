@@ -23,22 +23,23 @@ from segkit.settings import NO_AUGMENTATION, TrainSettings
 
 CALIBRATION_SECONDS = 60
 
-BASE = TrainSettings(
-    epochs=1, batch_size=8, learning_rate=2e-3, target_shape=(64, 96), features=(16, 32, 64, 128), balance=1.0
-)
+BASE = TrainSettings(epochs=1, batch_size=8, target_shape=(64, 96), features=(16, 32, 64, 128), balance=1.0)
 VARIANTS = {
     "base": {},
     "textbook": {"loss": "textbook", "norm": "batch", "balance": 0.0, "augmentation": NO_AUGMENTATION},
     "batch normalisation": {"norm": "batch"},
-    "plain BCE": {"positive_weight_cap": 1.0},
+    "plain BCE": {"loss": "bce", "positive_weight_cap": 1.0},
     "unbalanced": {"balance": 0.0},
     "half balanced": {"balance": 0.5},
     "full width": {"features": (32, 64, 128, 256)},
-    "BCE + Dice": {"loss": "bce_dice"},
+    "BCE alone": {"loss": "bce"},
+    "BCE alone, learning rate 2e-3": {"loss": "bce", "learning_rate": 2e-3},
+    "Dice alone": {"loss": "dice"},
     "focal": {"loss": "focal"},
     "two neighbours": {"context": 1},
     "no augmentation": {"augmentation": NO_AUGMENTATION},
-    "learning rate 4e-3, warm-up": {"learning_rate": 4e-3, "warmup_steps": 50},
+    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "learning rate 8e-3": {"learning_rate": 8e-3},
     "cosine": {"schedule": "cosine"},
     "batch of 16": {"batch_size": 16},
     "attention gates": {"model": "attention_unet"},

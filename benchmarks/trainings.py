@@ -34,7 +34,7 @@ def settings_of(name: str, which: str, device: str | None) -> TrainSettings:
     from segkit.settings import NO_AUGMENTATION, TrainSettings, make_augmentation
 
     base = TrainSettings(
-        epochs=1, batch_size=BATCHES[name], learning_rate=2e-3, target_shape=SHAPES[name], features=FEATURES,
+        epochs=1, batch_size=BATCHES[name], target_shape=SHAPES[name], features=FEATURES,
         device=device, augmentation=make_augmentation(True, STRONG if name == "torso" else None), keep_checkpoints=None,
     )  # fmt: skip
     if which != "textbook":

@@ -320,7 +320,6 @@ def demo(
     slices_per_epoch: int = 4000,
     target_shape: tuple[int, int] = (64, 96),
     features: tuple[int, ...] = (16, 32, 64, 128),
-    learning_rate: float = 2e-3,
 ) -> None:
     """Run both notebooks on phantoms, from nothing to scores and pictures, and print a summary.
 
@@ -330,7 +329,6 @@ def demo(
         slices_per_epoch: of the training notebook; twice as many as there are: validation takes less of the time.
         target_shape: smaller than the notebook's own and as wide as bodies are, so that two cores do it in minutes.
         features: half as wide as the notebook's own: more steps in the same time.
-        learning_rate: of the training notebook.
     """
     from segkit.demo import run_demo
 
@@ -341,7 +339,6 @@ def demo(
             "SLICES_PER_EPOCH": slices_per_epoch,
             "TARGET_SHAPE": list(target_shape),
             "FEATURES": list(features),
-            "LEARNING_RATE": learning_rate,
         },
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from segkit.errors import SegkitError
 from segkit.metrics import MEASURES, SUCCESS_THRESHOLDS, nan_mean
@@ -65,6 +66,13 @@ def plot_unet(network: UNet2D, target_shape: tuple[int, int] = (256, 256)) -> Fi
     return figure
 
 
+class _PlainNumbers(LogFormatter):
+    """0.4 where a logarithmic axis usually says 4 x 10^-1, at the same ticks."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def plot_history(history: Sequence[Mapping]) -> Figure:
     """Loss of training and validation, and validation Dice, over epochs."""
     if not history:
@@ -75,6 +83,10 @@ def plot_history(history: Sequence[Mapping]) -> Figure:
         color = BLUE if label == "training" else VERMILION
         left.plot(table["epoch"], table[column].astype(float), style, ms=4, color=color, label=label)
     left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    left.yaxis.set_major_formatter(_PlainNumbers())
+    left.yaxis.set_minor_formatter(
+        _PlainNumbers(minor_thresholds=(1, 0.4))
+    )  # within one power of ten there is no other
     left.set_title("Loss (train and val split)", fontsize=10)
     left.legend()
     scored = table[table["val_dice"].notna()]

@@ -6,7 +6,8 @@ convolution, the loss and its gradient are computed and folded into the gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from segkit.choices import Terms
 from segkit.slices import Targets
 
 CHUNK_PIXELS = 4096  # of 117 float32 channels: what two cores have near themselves
+Summing = Callable[[torch.Tensor], torch.Tensor]
+"""Adds what several processes have of the same, such as `segkit.ranks.Ranks.sum`."""
 DICE_SMOOTH = 1.0
 """Pixels added to both halves of the Dice ratio, so that a structure of a few pixels has a gradient to follow."""
 
@@ -30,15 +33,15 @@ def code_members(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some thousand pixels of one sample, n, and its A annotated channels."""
+    """Some thousand pixels of one sample, n, and A channels of it."""
 
     sample: int
     rows: slice  # its pixels within the sample
-    annotated: torch.Tensor | slice  # which of all channels, int64 (A,), or all of them
+    swept: torch.Tensor | slice  # which of all channels, int64 (A,), or all of them
     x: torch.Tensor  # features (n, F)
     z: torch.Tensor  # logits (n, A), float32 or float64; the last to need them may write over them
     low: torch.Tensor  # room of the same shape in the features' precision
-    room: Sequence[torch.Tensor]  # and twice in that of the logits
+    room: Sequence[torch.Tensor]  # and thrice in that of the logits
     inside: torch.Tensor  # where in the flattened z a pixel is inside of a structure, int64 (T,), none twice
     channels: torch.Tensor  # of which structure, int64 (T,), among all channels
 
@@ -55,45 +58,55 @@ class _Batch:
         self.dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
         self.weight = weight.to(self.dtype)
         self.size = CHUNK_PIXELS if rows.device.type == "cpu" else 32 * CHUNK_PIXELS
-        self.annotated = [slice(None) if all(row) else _places(row, rows.device) for row in targets.annotated.tolist()]
         self._find_members(targets)
+        self._sweep_over(targets.annotated)
         # the same memory for every chunk: to get new memory takes longer than to compute with it
         length = min(self.size, rows.shape[1]) * len(bias)
         self.low = rows.new_empty(length, dtype=self.dtype)
-        self.room = tuple(rows.new_empty(length, dtype=self.wide) for _ in range(3))
+        self.room = tuple(rows.new_empty(length, dtype=self.wide) for _ in range(4))
 
     def _find_members(self, targets: Targets) -> None:
         """List all (pixel, channel) that are inside, in the order of samples and pixels, for the whole batch at once.
 
         Few wait for the device that way, and background, most of a slice, costs nothing in the sweeps.
         """
-        codebook, annotated = targets.codebook & targets.annotated[:, None], targets.annotated
+        codebook = targets.codebook & targets.annotated[:, None]
         samples, codes, _ = codebook.shape
         table, counts = code_members(codebook.flatten(0, 1))
         first = torch.arange(0, samples * codes, codes, device=codebook.device)[:, None]
         flat = (targets.codes.flatten(1) + first).flatten()
         place, column = counts.index_select(0, flat).nonzero(as_tuple=True)
         self.channels = table[flat.index_select(0, place), column]
-        sample, pixel = place // self.rows.shape[1], place % self.rows.shape[1]
-        among = (annotated.cumsum(1) - 1)[sample, self.channels]
-        self.inside = pixel % self.size * annotated.sum(1)[sample] + among
+        self.sample, self.pixel = place // self.rows.shape[1], place % self.rows.shape[1]
         chunks = -(-self.rows.shape[1] // self.size)
-        number = torch.bincount(sample * chunks + pixel // self.size, minlength=samples * chunks)
+        number = torch.bincount(self.sample * chunks + self.pixel // self.size, minlength=samples * chunks)
         self.ends = number.cumsum(0).tolist()
+        self.voxels = torch.bincount(self.channels, minlength=len(self.bias))
+
+    def _sweep_over(self, channels: torch.Tensor) -> None:
+        """Choose the channels of each sample, bool (B, C); all that a pixel is inside of are among them."""
+        self.channels_of_samples = channels
+        self.swept = [slice(None) if all(row) else _places(row, self.rows.device) for row in channels.tolist()]
+        among = (channels.cumsum(1) - 1)[self.sample, self.channels]
+        self.inside = self.pixel % self.size * channels.sum(1)[self.sample] + among
+
+    def only(self, channels: torch.Tensor) -> _Batch:
+        """The batch swept over these channels alone, bool (C,)."""
+        narrow = copy.copy(self)
+        narrow._sweep_over(self.channels_of_samples & channels)
+        return narrow
 
     def chunks(self) -> Iterator[_Chunk]:
         start = 0
         for sample, rows in enumerate(self.rows):
-            annotated, pixels = self.annotated[sample], range(0, len(rows), self.size)
-            weight, bias = self.weight[annotated].T, self.bias[annotated]
+            swept, pixels = self.swept[sample], range(0, len(rows), self.size)
+            weight, bias = self.weight[swept].T, self.bias[swept]
             for k, pixel in enumerate(pixels):
                 these = slice(pixel, min(pixel + self.size, len(rows)))
                 x, end = rows[these].to(self.dtype), self.ends[sample * len(pixels) + k]
                 low, z, *room = (space[: len(x) * len(bias)].view(len(x), -1) for space in (self.low, *self.room))
                 torch.add(torch.mm(x, weight, out=low), bias, out=z)
-                yield _Chunk(
-                    sample, these, annotated, x, z, low, room, self.inside[start:end], self.channels[start:end]
-                )
+                yield _Chunk(sample, these, swept, x, z, low, room, self.inside[start:end], self.channels[start:end])
                 start = end
 
 
@@ -115,6 +128,7 @@ class Asked:
     terms: Terms
     number: torch.Tensor  # of annotated (sample, channel, pixel) in the effective batch, by which a sum is divided
     share: torch.Tensor  # what part of it this batch is, by which its Dice term counts
+    together: Summing  # over what is one batch to the Dice term
     gradients: bool
 
 
@@ -130,8 +144,8 @@ class ChunkedHead(torch.autograd.Function):
         """The loss, a scalar, and beside it its gradients, where `asked` for."""
         terms, batch = asked.terms, _Batch(rows, weight, bias, asked.targets)
         total = bias.new_zeros((), dtype=batch.wide)
-        scale, part = 1 / asked.number.to(total).clamp(min=1), terms.dice * asked.share.to(total)
-        dice = _SoftDice(batch, part / scale) if terms.dice else None
+        scale = 1 / asked.number.to(total).clamp(min=1)
+        dice = _SoftDice(batch, asked, scale) if terms.dice else None
         grads = []
         if asked.gradients:
             grads = [torch.empty_like(rows, dtype=batch.dtype), torch.zeros_like(weight), torch.zeros_like(bias)]
@@ -146,7 +160,7 @@ class ChunkedHead(torch.autograd.Function):
             grad.mul_(scale)
         ctx.save_for_backward(*grads)
         ctx.dtypes = rows.dtype, weight.dtype, bias.dtype
-        return total * scale + (part * dice.loss if dice is not None else 0)
+        return total * scale + (terms.dice * asked.share.to(total) * dice.loss if dice is not None else 0)
 
     @staticmethod
     @once_differentiable
@@ -165,9 +179,9 @@ def _add_gradients(grads: list[torch.Tensor], chunk: _Chunk, slope: torch.Tensor
     That of rows by `scaled`, the weight / number, and so once and for all; the others are still to be divided.
     """
     low = chunk.low.copy_(slope)
-    torch.mm(low, scaled[chunk.annotated], out=grads[0][chunk.sample, chunk.rows])
-    grads[1][chunk.annotated] += low.T @ chunk.x
-    grads[2][chunk.annotated] += slope.sum(0)
+    torch.mm(low, scaled[chunk.swept], out=grads[0][chunk.sample, chunk.rows])
+    grads[1][chunk.swept] += low.T @ chunk.x
+    grads[2][chunk.swept] += slope.sum(0)
 
 
 def _loss_and_slope(
@@ -222,16 +236,20 @@ def _softplus_sum(z: torch.Tensor, p: torch.Tensor, room: torch.Tensor) -> torch
 class _SoftDice:
     """Soft Dice of each channel over a batch: (2 sum p y + s) / (sum p + sum y + s), s = DICE_SMOOTH.
 
-    `factor`: by what the derivative is multiplied.
+    Of several processes that have a share of the batch each the sums are over all of them, and so is the loss. Its
+    derivative by a process's own logits is divided by `scale`, which the sweep that adds it up multiplies by.
     """
 
-    def __init__(self, batch: _Batch, factor: torch.Tensor):
-        both, predicted = (factor.new_zeros(len(batch.bias)) for _ in range(2))
-        for chunk in batch.chunks():
+    def __init__(self, batch: _Batch, asked: Asked, scale: torch.Tensor):
+        reference = asked.together(batch.voxels).to(scale.dtype)
+        sums = scale.new_zeros(2, len(batch.bias))
+        both, predicted = sums
+        for chunk in batch.only(reference > 0).chunks():  # channels that do not occur have no part in the mean
             p = torch.sigmoid(chunk.z, out=chunk.z)
-            predicted[chunk.annotated] += p.sum(0)
+            predicted[chunk.swept] += p.sum(0)
             both.index_add_(0, chunk.channels, p.flatten()[chunk.inside])
-        reference = torch.bincount(batch.channels, minlength=len(both)).to(both.dtype)
+        both, predicted = asked.together(sums)
+        factor = asked.terms.dice * asked.together(asked.share.to(scale)) / scale
         occurs = (reference > 0).to(both.dtype)
         size, shared = predicted + reference + DICE_SMOOTH, 2 * both + DICE_SMOOTH
         weight = occurs / occurs.sum().clamp(min=1)
@@ -242,8 +260,8 @@ class _SoftDice:
 
     def slope(self, chunk: _Chunk, p: torch.Tensor) -> torch.Tensor:
         """The derivative by the logits, (n, A)."""
-        bend = p * (1 - p)
+        bend = torch.sub(1, p, out=chunk.room[2]).mul_(p)
         inside = bend.flatten()[chunk.inside] * self.inside[chunk.channels]
-        slope = bend.mul_(self.outside[chunk.annotated])
+        slope = bend.mul_(self.outside[chunk.swept])
         slope.view(-1)[chunk.inside] = inside
         return slope

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from segkit.choices import LOSSES, Terms
-from segkit.head import Asked, ChunkedHead
+from segkit.head import Asked, ChunkedHead, Summing
 from segkit.slices import Targets
 
 
@@ -24,18 +24,20 @@ def head_loss(
     pos_weight: torch.Tensor,
     terms: Terms = LOSSES["bce"],
     number: torch.Tensor | None = None,
+    together: Summing = lambda own: own,
 ) -> torch.Tensor:
     """The loss of a batch: a scalar that keeps the gradients of features, weight and bias.
 
     features (B, F, H, W), head a 1 x 1 convolution to C channels, pos_weight (C,). `number`: of annotated (sample,
     channel, pixel) in the effective batch, by which the cross-entropy is divided, so that accumulation and several
     GPUs give the same gradient as one large batch; those of this batch by default (`annotated_number`). The Dice term
-    is of the structures and samples of this batch alone: of parts it is a mean of its parts, not that of the whole.
+    is of the structures and samples of this batch; where several processes have a share each of one batch, and all
+    call this, `together` sums over them, and it is of the whole. Of parts, one after the other, it is their mean.
     """
     own = annotated_number(targets)
     number = own if number is None else number
     share = own / number.clamp(min=1)
-    asked = Asked(targets, pos_weight, terms, number, share, torch.is_grad_enabled())
+    asked = Asked(targets, pos_weight, terms, number, share, together, torch.is_grad_enabled())
     # channels_last memory is rows of pixels already: nothing is copied
     rows = features.movedim(1, -1).flatten(1, -2)
     return ChunkedHead.apply(rows, head.weight.flatten(1), head.bias, asked)
@@ -57,11 +59,17 @@ class ModelWithLoss(nn.Module):
         self.terms = terms
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
-    def forward(self, images: torch.Tensor, targets: Targets, number: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        images: torch.Tensor,
+        targets: Targets,
+        number: torch.Tensor | None = None,
+        together: Summing = lambda own: own,
+    ) -> torch.Tensor:
         """The loss of a batch, a scalar, as `head_loss` computes it; images (B, in_channels, H, W) float."""
         targets, features = targets.by_slice(self.network.decode(images))
         with torch.autocast(images.device.type, enabled=False):
-            return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number)
+            return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number, together)
 
 
 def structure_frequencies(

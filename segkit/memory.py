@@ -137,7 +137,8 @@ def message(batch_size: int, slices: int, parts: int, why: str, partly: Sequence
 
     `partly`: what sees one part at a time.
     """
-    same = f"but {' and '.join(partly)} see one part at a time" if partly else "and the result is the same"
+    see = "sees" if len(partly) == 1 else "see"
+    same = f"but {' and '.join(partly)} {see} one part at a time" if partly else "and the result is the same"
     return (
         f"BATCH_SIZE = {batch_size}: {why}; each batch is computed in {parts} parts of at most "
         f"{-(-slices // parts)} slices and their gradients are added up. A step still learns from the whole batch, "

@@ -73,7 +73,7 @@ class TrainSettings:
 
     epochs: int = 5  # of SLICES_PER_EPOCH slices each
     batch_size: int = 8  # slices (unet3d: slabs) a step of the optimiser
-    learning_rate: float = 1e-3  # Adam's, at its highest
+    learning_rate: float = 4e-3  # Adam's, at its highest
     schedule: Schedule = "poly"  # poly: (1 - progress) ** 0.9; plateau: halved when validation Dice stands still
     warmup_steps: int = 0  # steps over which the learning rate rises to LEARNING_RATE
     target_shape: tuple[int, int] = (256, 256)  # rows and columns that the network sees: multiples of 16
@@ -81,7 +81,7 @@ class TrainSettings:
     features: tuple[int, ...] = (32, 64, 128, 256)  # channels of the U-Net's levels
     norm: Norm = "instance"  # of unet: normalisation of each slice alone, or over the "batch"
     patch_slices: int = 16  # unet3d: neighbouring slices that it takes and labels together, a slab
-    loss: Loss = "bce"  # cross-entropy, with Dice, Dice alone, focal; textbook: plain, unweighted (choices.LOSSES)
+    loss: Loss = "bce_dice"  # cross-entropy and Dice, one alone, focal; textbook: plain BCE (choices.LOSSES)
     positive_weight_cap: float = 100.0  # how much more an inside pixel may count; 1 is plain cross-entropy
     gradient_clip: float = 0.0  # largest norm of the gradient; 0: any
     accumulate: int = 1  # parts in which a batch is computed, one after the other, to save memory

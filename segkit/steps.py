@@ -163,23 +163,24 @@ class Learner:
     def _accumulate(self, parts: list[SliceBatch], epoch: int, number: torch.Tensor) -> float:
         """The gradients of all parts, added up; the sum of their losses."""
         total = 0.0
+        # ranks may have another number of parts each: only a batch that is computed at once is one to the Dice term
+        together = self.ranks.sum if self.parts == 1 else lambda own: own
         for place, part in enumerate(parts):
             # ranks average their gradients, and only once a step; the loss is divided by `number` over all ranks
             later = self.ranks.world > 1 and place < len(parts) - 1
             with self.joined.no_sync() if later else nullcontext():
-                loss = self._loss(self.joined, part, epoch, number)
+                loss = self._loss(self.joined, part, epoch, number, together)
                 self.scaler.scale(loss * self.ranks.world).backward()
             total += loss.item()
         return total
 
-    def _loss(
-        self, model: torch.nn.Module, part: SliceBatch, epoch: int, number: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _loss(self, model: torch.nn.Module, part: SliceBatch, epoch: int, *of_batch: Any) -> torch.Tensor:
+        """The loss of a part; `of_batch`: what `ModelWithLoss` needs to know of the whole."""
         s = self.settings
         variation = augment.draw(s.augmentation, s.seed, epoch, part.numbers.tolist())
         images, targets = augment.to_network(part.to(self.ranks.device), s.target_shape, variation, self.partners)
         with autocast(self.ranks.device, self.dtype):
-            return model(images.contiguous(memory_format=torch.channels_last), targets, number)
+            return model(images.contiguous(memory_format=torch.channels_last), targets, *of_batch)
 
     def _annotated(self, batch: SliceBatch, epoch: int) -> torch.Tensor:
         """How many (slice that counts, channel, pixel) of a batch are annotated, after mirroring; on the device."""

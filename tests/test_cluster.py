@@ -16,7 +16,17 @@ distributed = pytest.importorskip("distributed", reason="needs the extra 'dask'"
 
 
 @pytest.fixture
-def cluster():
+def one_thread(monkeypatch):
+    """Here and in the workers: sums of bfloat16 differ between numbers of threads."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cluster(one_thread):
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"

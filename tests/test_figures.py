@@ -79,6 +79,19 @@ def test_history_with_and_without_scores():
     assert texts(figures.plot_history([])) == "no epoch is done yet"
 
 
+def test_losses_are_written_as_numbers_however_narrow_their_range():
+    for losses, written in (([0.8, 0.25], {"0.3", "0.4", "0.6"}), ([20.0, 0.02], {"0.1", "1", "10"})):
+        rows = [
+            {"epoch": epoch, "train_loss": loss, "val_loss": loss, "val_dice": 0.5, "val_structures": 2}
+            for epoch, loss in enumerate(losses, 1)
+        ]
+        figure = figures.plot_history(rows)
+        figure.canvas.draw()
+        axis, (low, high) = figure.axes[0].yaxis, figure.axes[0].get_ylim()
+        shown = [label for label in axis.get_ticklabels(which="both") if low <= label.get_position()[1] <= high]
+        assert {label.get_text() for label in shown} - {""} == written
+
+
 def test_distribution_by_hand():
     figure = figures.plot_distribution(SCORES, "val")
     left, right = figure.axes

@@ -88,7 +88,7 @@ def test_little_memory_on_a_cpu_is_seen_beforehand(phantom_data, tmp_path, monke
         patched.setattr(memory, "parts_that_fit", counted)
         training.train(phantom_data, SETTINGS, tmp_path / "needed", progress=False)
     said = capsys.readouterr().out
-    assert "BATCH_SIZE = 8" in said and "4 parts of at most 2 slices" in said and "the result is the same" in said
+    assert "BATCH_SIZE = 8" in said and "4 parts of at most 2 slices" in said and "the Dice term sees one part" in said
     assert torch.equal(weights(tmp_path / "needed"), weights(tmp_path / "asked"))
     # 32 x 32 pixels in eight maps of 4 float32 channels are 131 kB; the two levels below and the head add to that
     assert len(slice_bytes) == 1 and 2e5 < slice_bytes[0] < 5e6
@@ -209,9 +209,12 @@ def test_an_error_of_another_kind_is_not_tried_again():
 
 
 def test_validation_and_prediction_go_on_with_parts_of_a_batch(phantom_data, tmp_path, monkeypatch):
-    """Where dense logits of three slices are too many: the same scores and codes as with room for all."""
-    trained = tmp_path / "run"
-    [row] = training.train(phantom_data, replace(SETTINGS, validation_slices=20), trained, progress=False)
+    """Where dense logits of three slices are too many: the same scores and codes as with room for all.
+
+    And the same loss, but for a Dice term: that is of a part.
+    """
+    trained, settings = tmp_path / "run", replace(SETTINGS, loss="bce", validation_slices=20)
+    [row] = training.train(phantom_data, settings, trained, progress=False)
     predictor = Predictor.of(load_checkpoints(trained), device="cpu")
     subject = next(iter(phantom_data.staged.values()))
     whole = predictor.predict(subject).codes
@@ -228,7 +231,7 @@ def test_validation_and_prediction_go_on_with_parts_of_a_batch(phantom_data, tmp
     assert np.array_equal(predictor.predict(subject).codes, whole)
     assert tried[:4] == [8, 4, 2, 2] and max(tried[3:]) == 2  # tried once, not for every batch
     tried.clear()
-    [again] = training.train(phantom_data, replace(SETTINGS, validation_slices=20), tmp_path / "small", progress=False)
+    [again] = training.train(phantom_data, settings, tmp_path / "small", progress=False)
     assert tried and max(tried[3:]) <= 2
     for name in ("val_dice", "val_threshold", "val_dice_of"):
         assert again[name] == row[name]

@@ -76,7 +76,7 @@ def test_the_configuration_has_the_defaults_that_the_readme_states():
     )  # fmt: skip
     values = {}
     exec(source, values)
-    expected = {"DATA_DIR": None, "EPOCHS": 5, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3, "TARGET_SHAPE": (256, 256),
+    expected = {"DATA_DIR": None, "EPOCHS": 5, "BATCH_SIZE": 8, "LEARNING_RATE": 4e-3, "TARGET_SHAPE": (256, 256),
                 "FEATURES": (32, 64, 128, 256)}  # fmt: skip
     assert {name: values[name] for name in expected} == expected
 

@@ -107,7 +107,7 @@ def test_validation_is_that_of_one_process_on_the_same_weights(two_processes, ph
     weights = positive_weights(frequencies, SETTINGS.positive_weight_cap).float()
     for row in rows:
         loaded = load_checkpoint(folder / f"checkpoint_epoch{row['epoch']}.pth")
-        model = ModelWithLoss(loaded.model, weights, LOSSES["bce"]).to(memory_format=torch.channels_last)
+        model = ModelWithLoss(loaded.model, weights, LOSSES[SETTINGS.loss]).to(memory_format=torch.channels_last)
         alone = validate(model, data, (32, 32), Learner(phantom_data, SETTINGS, Ranks(CPU)).dtype, 4, 11, 0, False)
         assert row["val_loss"] == pytest.approx(alone.loss, rel=1e-4)
         assert row["val_dice"] == pytest.approx(alone.dice, abs=1e-4)
@@ -123,16 +123,16 @@ from segkit.dataset import open_data
 from segkit.ranks import join_ranks, leave_ranks
 ranks = join_ranks("cpu")
 data = open_data({data!r}, {stage!r}, progress=False)
-result = steps_of(data, ranks, {accumulate})
+result = steps_of(data, ranks, {loss!r}, {accumulate})
 if ranks.first:
     torch.save(result, {out!r})
 leave_ranks(ranks)
 """
 
 
-def steps_of(data, ranks: Ranks, accumulate: int) -> dict:
+def steps_of(data, ranks: Ranks, loss: str, accumulate: int) -> dict:
     """Losses and gradients of the steps of 13 slices, and the weights after them."""
-    settings = replace(SETTINGS, accumulate=accumulate, balance=0.0).checked()
+    settings = replace(SETTINGS, loss=loss, accumulate=accumulate, balance=0.0).checked()
     learner = Learner(data, settings, ranks)
     learner.dtype = torch.float32  # the order of sums differs; bfloat16 would show that
     slices = SliceDataset(data.staged, data.split.train, data.label_map)
@@ -146,20 +146,21 @@ def steps_of(data, ranks: Ranks, accumulate: int) -> dict:
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_learn_what_one_learns(phantom_data, tmp_path, accumulate):
-    """The last batch has one slice: the second process has nothing to add to it, and adds nothing."""
+@pytest.mark.parametrize(("loss", "accumulate"), [("bce_dice", 1), ("bce", 2)])
+def test_two_processes_learn_what_one_learns(phantom_data, tmp_path, loss, accumulate):
+    """The Dice of a structure is over both shares of a batch: half of it would have another gradient. The last batch
+    has one slice: the second process has nothing to add to it, and adds nothing."""
     stage_dir = next(iter(phantom_data.staged.values())).folder.parents[1]
     script, out = tmp_path / "stepping.py", tmp_path / "result.pt"
     script.write_text(STEPPING.format(
         tests=str(Path(__file__).parent), data=str(phantom_data.folder), stage=str(stage_dir), out=str(out),
-        accumulate=accumulate,
+        loss=loss, accumulate=accumulate,
     ))  # fmt: skip
     running = launch(script, cwd=Path(__file__).parents[1])
     output, _ = running.communicate(timeout=300)
     assert running.returncode == 0, output
     together = torch.load(out)
-    alone = steps_of(open_data(phantom_data.folder, stage_dir, progress=False), Ranks(CPU), 1)
+    alone = steps_of(open_data(phantom_data.folder, stage_dir, progress=False), Ranks(CPU), loss, 1)
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     first, expected = together["gradients"][0], alone["gradients"][0]  # the same weights still: the same gradient
     assert torch.allclose(first, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())

@@ -44,8 +44,8 @@ def test_a_run_writes_what_the_readme_names(phantom_data, tmp_path):
     assert seen == [1, 2] and [row["steps"] for row in history] == [3, 3]
     assert json.loads((tmp_path / "training_history.json").read_text())["epochs"] == history
     assert json.loads((tmp_path / "label_map.json").read_text()) == phantom_data.label_map
-    assert history[0]["learning_rate"] == pytest.approx(1e-3)
-    assert history[1]["learning_rate"] == pytest.approx(1e-3 * 0.5**0.9)
+    assert history[0]["learning_rate"] == pytest.approx(4e-3)
+    assert history[1]["learning_rate"] == pytest.approx(4e-3 * 0.5**0.9)
     assert json.loads((tmp_path / "settings.json").read_text())["target_shape"] == [32, 32]
 
 

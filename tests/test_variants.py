@@ -330,7 +330,7 @@ def test_a_training_reloads_predicts_the_same_and_resumes_to_the_same_weights(fe
 
 
 def test_an_epoch_sees_as_many_slices_as_there_are_and_a_batch_in_parts_is_the_whole(phantom_data):
-    settings = replace(SMALL, model="unet3d", slices_per_epoch=None, augmentation=NO_AUGMENTATION).checked()
+    settings = replace(SMALL, model="unet3d", loss="bce", slices_per_epoch=None, augmentation=NO_AUGMENTATION).checked()
     trainer = Trainer(phantom_data, settings, Ranks(CPU), Path())
     slices = len(SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map))
     assert trainer.in_epoch == -(-slices // 4)
