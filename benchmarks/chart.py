@@ -23,10 +23,11 @@ def draw(tables: Sequence[Table], path: Path) -> None:
     scored = [(table, rows) for table, rows in scored if rows]
     lines = max(sum(len(rows) + 1 for _, rows in part) for part in (timed, scored, [(None, [0])]))
     figure = Figure(figsize=(13, 0.9 + 0.19 * lines), layout="constrained")
-    panels = [panel for panel, groups in ((_times, timed), (_scores, scored)) if groups] or [_times]
-    widths = [3, 2] if len(panels) == 2 else [1]
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], strict=True):
-        panel(axes, scored if panel is _scores else timed)
+    panels = [panel for panel in ((_times, timed, 3), (_scores, scored, 2)) if panel[1]] or [(_times, timed, 3)]
+    widths = [width for *_, width in panels]
+    row, *_ = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
+    for axes, (draw_bars, groups, _) in zip(row, panels, strict=True):
+        draw_bars(axes, groups)
     for axes in figure.axes:
         axes.set_ylim(lines, -1)  # bars of both are as thick
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,7 @@ def summary(tables: Sequence[Table]) -> str:
 def where_others_win(table: Table) -> list[str]:
     """A sentence for each peer that beats segkit: the table's first row of segkit in time and memory; in score, and in
     memory where models are scored, the last one above the peer, which had the same budget."""
-    first = next((row for row in table.rows if row.kind == "segkit"), None)
-    ours, said = first, []
+    ours, said = next((row for row in table.rows if row.kind == "segkit"), None), []
     for row in table.rows:
         if row.kind == "segkit" and row.score is not None:
             ours = row

@@ -63,9 +63,8 @@ def without_masks(data_dir: Path, folder: Path, subjects: list[str], lacking: li
 def dice_of(data: Data, structures: list[str], steps: int, seed: int) -> float:
     """Mean Dice of `structures` on the unseen subjects after `steps` steps."""
     settings = TrainSettings(
-        epochs=1, target_shape=(64, 96), features=(16, 32, 64, 128), seed=seed,
-        slices_per_epoch=8 * steps,
-    )  # fmt: skip
+        epochs=1, target_shape=(64, 96), features=(16, 32, 64, 128), seed=seed, slices_per_epoch=8 * steps
+    )
     with tempfile.TemporaryDirectory() as folder:
         training.train(data, settings, folder, progress=False)
         predictor = Predictor.of(load_checkpoints(folder))

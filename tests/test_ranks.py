@@ -146,7 +146,7 @@ def steps_of(data, ranks: Ranks, loss: str, accumulate: int) -> dict:
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
-@pytest.mark.parametrize(("loss", "accumulate"), [("bce_dice", 1), ("bce", 2)])
+@pytest.mark.parametrize(("loss", "accumulate"), [("bce_dice", 1), ("bce", 1), ("bce", 2)])
 def test_two_processes_learn_what_one_learns(phantom_data, tmp_path, loss, accumulate):
     """The Dice of a structure is over both shares of a batch: half of it would have another gradient. The last batch
     has one slice: the second process has nothing to add to it, and adds nothing."""
