@@ -77,7 +77,7 @@ def segkit(size: Sequence[int], steps: int, device: str | None, data_dir: str, s
     from segkit.devices import pick_device
     from segkit.ranks import Ranks
     from segkit.settings import TrainSettings
-    from segkit.slices import SliceDataset, batches, epoch_order
+    from segkit.slices import SliceDataset, batches
     from segkit.splits import Part
     from segkit.steps import Learner
 
@@ -90,7 +90,7 @@ def segkit(size: Sequence[int], steps: int, device: str | None, data_dir: str, s
     def learn(number: int) -> None:
         nonlocal epoch
         epoch += 1
-        order = epoch_order(len(slices), 0, epoch, BATCH * number, slices.holds, settings.balance)
+        order = slices.order(0, epoch, BATCH * number, settings.balance)
         for batch in batches(slices, order, BATCH, settings.workers):
             learner.step(batch, epoch, settings.learning_rate)
 

@@ -23,6 +23,7 @@ from segkit.pictures import (
     occurring,
     only,
     outline_handles,
+    sample,
     show_outlines,
     show_slice,
     window,
@@ -64,8 +65,7 @@ def case_sample(row: Mapping[str, Any], subject: StagedSubject, part: Part, pred
     slices = part.slices(len(labels.codes))
     z = slices[int(reference.mask(structure)[slices].sum((1, 2)).argmax())]
     title = f"{row['case']}: {row['subject']}, {structure}, Dice {row['dice']:.2f}"
-    of_slice = (volume.at(z) for volume in (reference, predicted))
-    return (title, subject.hu(z), *of_slice, subject.spacing_mm[1:])
+    return sample(subject, z, reference.at(z), predicted.at(z), title=title)
 
 
 def plot_cases(cases: Sequence[tuple[str, np.ndarray, CodeVolume, CodeVolume, Sequence[float]]], title: str) -> Figure:

@@ -24,6 +24,11 @@ DICE_SMOOTH = 1.0
 """Pixels added to both halves of the Dice ratio, so that a structure of a few pixels has a gradient to follow."""
 
 
+def alone(own: torch.Tensor) -> torch.Tensor:
+    """The Summing of one process, or of what is not to be shared: what it has itself."""
+    return own
+
+
 def code_members(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a codebook, bool (K, C): the channels of each code, int64 (K, M) with M the largest set, and which count."""
     most = max(int(codebook.sum(1).max()), 1)
@@ -242,14 +247,15 @@ class _SoftDice:
 
     def __init__(self, batch: _Batch, asked: Asked, scale: torch.Tensor):
         reference = asked.together(batch.voxels).to(scale.dtype)
-        sums = scale.new_zeros(2, len(batch.bias))
-        both, predicted = sums
+        sums = torch.cat([scale.new_zeros(2 * len(batch.bias)), asked.share.to(scale)[None]])  # added up at once
+        both, predicted = sums[:-1].view(2, -1)
         for chunk in batch.only(reference > 0).chunks():  # channels that do not occur have no part in the mean
             p = torch.sigmoid(chunk.z, out=chunk.z)
             predicted[chunk.swept] += p.sum(0)
             both.index_add_(0, chunk.channels, p.flatten()[chunk.inside])
-        both, predicted = asked.together(sums)
-        factor = asked.terms.dice * asked.together(asked.share.to(scale)) / scale
+        sums = asked.together(sums)
+        both, predicted = sums[:-1].view(2, -1)
+        factor = asked.terms.dice * sums[-1] / scale
         occurs = (reference > 0).to(both.dtype)
         size, shared = predicted + reference + DICE_SMOOTH, 2 * both + DICE_SMOOTH
         weight = occurs / occurs.sum().clamp(min=1)

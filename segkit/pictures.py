@@ -202,9 +202,9 @@ def spread_slices(volume: CodeVolume, part: Part, number: int) -> list[int]:
     return sorted({held[int(place)] for place in places}, reverse=True)
 
 
-def sample(scan: StagedSubject | Scan, z: int, *layers: CodeVolume) -> tuple:
-    """What `plot_slices` and `plot_predictions` show of a slice: title, HU (y, x), the codes (y, x) given, spacing."""
-    return (f"{scan.name}, slice {z}", scan.hu(z), *layers, scan.spacing_mm[1:])
+def sample(scan: StagedSubject | Scan, z: int, *layers: CodeVolume, title: str = "") -> tuple:
+    """What figures show of a slice: title, by default where it is, HU (y, x), the codes (y, x) given, spacing in mm."""
+    return (title or f"{scan.name}, slice {z}", scan.hu(z), *layers, scan.spacing_mm[1:])
 
 
 def plot_slices(

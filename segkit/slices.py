@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from segkit.splits import Part
 from segkit.staging import StagedSubject
 
 AIR_HU = -1024
+MOST_TURNS = 4.0
+"""Of a structure that few subjects annotate; more would show the same few again and again."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,22 @@ class SliceDataset(Dataset):
                     table[there, self.label_map[structure]] = True
         return table
 
+    @cached_property
+    def turns(self) -> np.ndarray:
+        """How often a slice is drawn for each channel where it is drawn once for one that all annotate, float64 (C,).
+
+        1 / (share of the slices that have it annotated), at most MOST_TURNS: of what a slice holds besides the
+        structure that it was drawn for, only these slices teach anything.
+        """
+        slices = Counter(name for name, _ in self.where)
+        known = sum(number * self.tables[name][1].double() for name, number in slices.items())
+        return 1 / np.maximum(np.asarray(known) / len(self.where), 1 / MOST_TURNS)
+
+    def order(self, seed: int, epoch: int, slices_per_epoch: int | None = None, balance: float = 0.0) -> list[int]:
+        """The `epoch_order` of these slices."""
+        holds, turns = (self.holds, self.turns) if balance else (None, None)
+        return epoch_order(len(self), seed, epoch, slices_per_epoch, holds, balance, turns)
+
 
 def collate(items: Sequence[tuple[int, dict]]) -> SliceBatch:
     """One SliceBatch from (number in the epoch, item) pairs, padded to the largest slice and the largest codebook."""
@@ -183,14 +202,15 @@ def collate(items: Sequence[tuple[int, dict]]) -> SliceBatch:
 
 def epoch_order(
     slices: int, seed: int, epoch: int, slices_per_epoch: int | None = None, holds: np.ndarray | None = None,
-    balance: float = 0.0,
+    balance: float = 0.0, turns: np.ndarray | None = None,
 ) -> list[int]:  # fmt: skip
     """Which slices an epoch takes, in which order: `slices_per_epoch` of them, all by default.
 
     A share `balance` of them is drawn so that every structure of `holds` (bool (slices, C), `SliceDataset.holds`) is
-    the reason for equally many; a slice of a rare structure may then come several times. That a slice holds none is one
-    more reason: what no structure looks like is learned, too. The others come from shuffled passes over all slices. The
-    order is a function of these arguments alone, so that an interrupted epoch can go on.
+    the reason for equally many, or in proportion to `turns` (float (C,), `SliceDataset.turns`); a slice of a rare
+    structure may then come several times. That a slice holds none is one more reason: what no structure looks like is
+    learned, too. The others come from shuffled passes over all slices. The order is a function of these arguments
+    alone, so that an interrupted epoch can go on.
     """
     wanted = slices if slices_per_epoch is None else slices_per_epoch
     random = np.random.default_rng((seed, epoch))
@@ -198,23 +218,26 @@ def epoch_order(
     passes = [random.permutation(slices) for _ in range(-(-(wanted - balanced) // slices))]
     order = np.concatenate([*passes, np.zeros(0, int)])[: wanted - balanced]
     if balanced and holds is not None:
-        order = random.permutation(np.concatenate([order, _balanced_slices(holds, balanced, random)]))
+        turns = np.ones(holds.shape[1]) if turns is None else turns
+        order = random.permutation(np.concatenate([order, _balanced_slices(holds, turns, balanced, random)]))
     return order.tolist()
 
 
-def _balanced_slices(holds: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` slices: the reasons that there are take turns, each going through its own slices in shuffled passes."""
+def _balanced_slices(holds: np.ndarray, turns: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` slices, reason by reason, each going through its own slices in shuffled passes.
+
+    Every reason that there is has its share of them, rounded up or down by chance.
+    """
     reasons = np.concatenate([holds, ~holds.any(1, keepdims=True)], 1)
-    there = np.flatnonzero(reasons.any(0))
-    turns = np.concatenate([random.permutation(there) for _ in range(-(-count // len(there)))])[:count]
-    chosen = np.empty(count, int)
-    for reason in there:
-        its_turns = np.flatnonzero(turns == reason)
+    there = random.permutation(np.flatnonzero(reasons.any(0)))
+    upto = np.append(turns, 1.0)[there].cumsum()
+    ends = np.floor(upto / upto[-1] * count + random.random()).clip(max=count).astype(int)
+    chosen = [np.zeros(0, int)]
+    for reason, number in zip(there, np.diff(ends, prepend=0), strict=True):
         its_slices = np.flatnonzero(reasons[:, reason])
-        passes = [random.permutation(its_slices) for _ in range(-(-len(its_turns) // len(its_slices)))]
-        if passes:
-            chosen[its_turns] = np.concatenate(passes)[: len(its_turns)]
-    return chosen
+        passes = [random.permutation(its_slices) for _ in range(-(-number // len(its_slices)))]
+        chosen += [np.concatenate([*passes, np.zeros(0, int)])[:number]]
+    return np.concatenate(chosen)
 
 
 class _Numbered(Dataset):

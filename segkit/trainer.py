@@ -18,7 +18,7 @@ from segkit.ranks import Ranks
 from segkit.schedule import learning_rate
 from segkit.settings import TrainSettings, changed
 from segkit.slabs import open_items, tiles
-from segkit.slices import batches, epoch_order
+from segkit.slices import batches
 from segkit.splits import Split
 from segkit.steps import Learner
 from segkit.training_state import TrainingState
@@ -138,8 +138,7 @@ class Trainer:
 
     def _learn(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
         s, epoch = self.settings, len(self.history) + 1
-        holds = self.train_slices.holds if s.balance else None
-        order = epoch_order(len(self.train_slices), s.seed, epoch, self.in_epoch, holds, s.balance)
+        order = self.train_slices.order(s.seed, epoch, self.in_epoch, s.balance)
         loader = batches(
             self.train_slices, order, s.batch_size, s.workers, self.place, self.ranks.share_each, self.ranks.device
         )

@@ -28,7 +28,7 @@ from segkit.networks import build_network
 from segkit.ranks import Ranks
 from segkit.reading import read_ct
 from segkit.settings import NO_AUGMENTATION, Augmentation, TrainSettings
-from segkit.slices import SliceDataset, batches, collate, epoch_order
+from segkit.slices import SliceDataset, batches, collate
 from segkit.splits import Part
 from segkit.subjects import find_subjects
 from segkit.training import train
@@ -237,7 +237,7 @@ def test_of_two_ranks_both_stop(phantom_data, tmp_path, fault, many):
     assert running.returncode == 0, output
     first, second = ((tmp_path / f"stopped_{rank}").read_text() for rank in range(2))
     slices, s = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map), OF_RANKS
-    order = epoch_order(len(slices), s.seed, 1, s.slices_per_epoch, slices.holds, s.balance)
+    order = slices.order(s.seed, 1, s.slices_per_epoch, s.balance)
     third = order[2 * s.batch_size : 3 * s.batch_size]  # the memory of a step was tried with the first call
     assert first == second and named_in(first) == {slices.where[item] for item in third}
     row.times += 1

@@ -38,7 +38,7 @@ def in_hu(image: torch.Tensor) -> torch.Tensor:
 
 def test_batches_hold_the_slices_of_their_subjects_padded_with_air(phantom_data):
     data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
-    order = epoch_order(len(data), seed=0, epoch=1)[:7]
+    order = data.order(seed=0, epoch=1)[:7]
     batch = next(iter(batches(data, order, 7)))
     assert batch.hu.dtype == torch.int16 and len({tuple(size) for size in batch.sizes.tolist()}) > 1
     for place, index in enumerate(order):
@@ -127,6 +127,29 @@ def test_balance_gives_a_rare_structure_its_turns():
     assert sorted(place for place in once if place >= 990) == list(range(990, 1000))  # each of its slices once
 
 
+def test_a_structure_that_few_annotate_has_more_turns(phantom_data):
+    # 2 and 1 of four turns, and one for slices that hold nothing; each structure has 40 slices of its own
+    holds = np.zeros((120, 2), bool)
+    holds[:40, 0] = holds[40:80, 1] = True
+    order = np.array(epoch_order(120, 0, 1, 400, holds, 1.0, np.array([2.0, 1.0])))
+    assert [((order >= start) & (order < start + 40)).sum() for start in (0, 40, 80)] == [200, 100, 100]
+
+    all_annotate, few_annotate, one_annotates = (
+        SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map) for _ in range(3)
+    )
+    assert (all_annotate.turns == 1).all()
+    subjects = list(few_annotate.subjects)
+    assert len(subjects) >= 3
+    for data, lacking in ((few_annotate, subjects[:1]), (one_annotates, subjects[1:])):
+        data.tables = {name: (table, known.clone()) for name, (table, known) in data.tables.items()}
+        for name in lacking:
+            data.tables[name][1][5] = False
+    slices = sum(name == subjects[0] for name, _ in few_annotate.where)
+    assert few_annotate.turns[5] == pytest.approx(len(few_annotate) / (len(few_annotate) - slices))
+    assert one_annotates.turns[5] == pytest.approx(min(len(one_annotates) / slices, 4))
+    assert np.delete(few_annotate.turns, 5).tolist() == [1] * (len(few_annotate.label_map) - 1)
+
+
 def test_of_one_structure_every_second_slice_holds_it_and_the_others_are_seen():
     holds = (np.arange(300) < 12)[:, None]
     order = epoch_order(300, 0, 1, 200, holds, 1.0)
@@ -163,7 +186,7 @@ def test_batches_lie_where_a_gpu_reads_them_only_for_a_gpu(phantom_data):
 
 def test_an_interrupted_epoch_goes_on_where_it_stopped(phantom_data):
     data = SliceDataset(phantom_data.staged, phantom_data.split.train, phantom_data.label_map)
-    order = epoch_order(len(data), 0, 1, 20, data.holds, 0.5)
+    order = data.order(0, 1, 20, 0.5)
     whole = list(batches(data, order, 4))
     rest = list(batches(data, order, 4, start=12))
     assert len(rest) == 2
