@@ -23,6 +23,7 @@ A data set, from folders to a store
     audit.py           what is wrong with a data set
     stores.py          volumes on disk, read a slice at a time, with checksums
     staging.py         subject folder -> staged store, a compressed block a slice
+    seen.py            what a model was trained on, and cannot be judged by
     dataset.py         a data folder made ready in one call
 
 Slices for a network

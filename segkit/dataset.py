@@ -16,10 +16,10 @@ from segkit.labels import group_of, load_label_map, make_label_map
 from segkit.locks import alone
 from segkit.phantom import write_phantoms
 from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
+from segkit.seen import Learned, RunSplit, learned_by, read_split, without_seen
 from segkit.splits import SPLITS, Part, Split, make_split
 from segkit.staging import StagedSubject, stage, structures_in
-from segkit.subjects import Subject, find_subjects, select_subjects
-from segkit.untrusted import read_json
+from segkit.subjects import find_subjects, select_subjects
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,9 @@ class Data:
                 counts.append(int(inside[part.slices(len(inside))].sum()))
         return counts
 
-    def split_to_json(self) -> dict:
-        """Plain types for `split.json`: where the data lie, the size of each CT to know it again, and the split."""
-        sizes = {name: subject.info["ct_bytes"] for name, subject in self.staged.items()}
-        return {"data_dir": str(self.folder.resolve()), "ct_bytes": sizes, **self.split.to_json()}
+    def learned(self) -> Learned:
+        """What is to be known later of a training on these data."""
+        return Learned({name: subject.info["ct_bytes"] for name, subject in self.staged.items()}, self.split)
 
     def test_part(self, subject: str | None = None) -> Part:
         """What the test takes of `subject`, of the first test subject by default. SegkitError if it is not one."""
@@ -190,19 +189,21 @@ def open_run(
     """
     if max_subjects is not None and max_subjects < 1:
         raise SegkitError(f"MAX_SUBJECTS = {max_subjects}: expected 1 or more, or None for all")
-    run, known = Path(output_dir), dict[str, int]()
+    run = Path(output_dir)
     if model is not None and data_dir is not None and not (run / "split.json").exists():
-        trained_on, split = Path(data_dir), Split((), (), (), "")
+        of_run = RunSplit(Path(data_dir), Learned({}, Split((), (), (), "")))
     else:
-        trained_on, known, split = _read_split(_there(run / "split.json"))
+        of_run = read_split(_there(run / "split.json"))
     label_map = load_label_map(_there(run / "label_map.json")) if model is None else model.label_map
-    folder = trained_on if data_dir is None else Path(data_dir)
+    folder = of_run.data_dir if data_dir is None else Path(data_dir)
     subjects, problems = find_subjects(folder)
+    ct_bytes, split = {subject.name: subject.ct.stat().st_size for subject in subjects}, of_run.own.split
     # by name and size of the scan, not by folder: training subjects stay training subjects when data move
-    if not any(known.get(subject.name) == _ct_bytes(subject) for subject in subjects):
+    if not any(of_run.own.is_same(name, ct_bytes) for name in ct_bytes):
         test = [s.name for s in subjects if s.split == "test"] or [s.name for s in subjects]
         split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
-    split, seen = _without_seen(split, subjects, (run if model is None else model.path.parent) / "split.json")
+    of_model = (run if model is None else model.path.parent) / "split.json"
+    split, seen = without_seen(split, ct_bytes, learned_by(of_model), of_model)
     split = replace(split, test=split.test[:max_subjects])
     names = {part.subject for part in split.test}
     tested = [subject for subject in subjects if subject.name in names]
@@ -223,53 +224,3 @@ def _there(path: Path) -> Path:
             "OUTPUT_DIR of a training, or to judge another model its CHECKPOINT and the DATA_DIR of labelled scans"
         )
     return path
-
-
-def _ct_bytes(subject: Subject) -> int:
-    return subject.ct.stat().st_size
-
-
-def _read_split(path: Path) -> tuple[Path, dict[str, int], Split]:
-    """Where a run's data lay, the size of each CT, and its split, from `split.json`."""
-    content = read_json(path, "train again")
-    try:
-        split = Split.from_json(content, str(path))
-        data_dir, sizes = Path(content["data_dir"]), {**content["ct_bytes"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise SegkitError(f"{path}: damaged ({error}); train again") from error
-    if not split.test:
-        raise SegkitError(f"{path}: names no test subject; train again")
-    return data_dir, sizes, split
-
-
-def _without_seen(split: Split, subjects: Sequence[Subject], path: Path) -> tuple[Split, list[Finding]]:
-    """`split` without the test parts that a model has seen, by the split.json at `path` of its training; findings.
-
-    Where the test is of validation subjects anyhow, those of the model stay. Raises SegkitError where nothing is left.
-    """
-    if not path.is_file():
-        text = f"{path} is missing: nobody knows here what the model was trained on; scores of that would be too good"
-        return split, [Finding("", "warning", "training not known", text)]
-    _, known, learned = _read_split(path)
-    of_model = learned.train if split.test_name == "val" else (*learned.train, *learned.val)
-    same = {subject.name for subject in subjects if known.get(subject.name) == _ct_bytes(subject)}
-    seen = [part for part in split.test if part.subject in same and any(part.meets(other) for other in of_model)]
-    names = sorted({part.subject for part in seen})
-    many = f"{len(seen)} of {len(split.test)} test subjects ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
-    if len(seen) == len(split.test):
-        raise SegkitError(
-            f"{path}: the model was trained on, or chosen by, {many}: nothing is left to judge it by; give the "
-            "OUTPUT_DIR of its own run, or the DATA_DIR of other scans"
-        )
-    alike = sorted({part.subject for part in of_model} & {part.subject for part in split.test} - same)
-    findings = []
-    if seen:
-        text = f"{path}: the model was trained on, or chosen by, {many}: they are left out"
-        findings.append(Finding("", "warning", "seen in training", text))
-    if alike:
-        text = (
-            f"{len(alike)} test subjects are called like training subjects, such as {alike[0]}, with CT files of "
-            "another size: taken for other scans. If they are the same ones, written anew, scores are too good"
-        )
-        findings.append(Finding("", "warning", "names of training", text))
-    return replace(split, test=tuple(part for part in split.test if part not in seen)), findings

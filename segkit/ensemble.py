@@ -83,5 +83,5 @@ def _start(data: Data, settings: TrainSettings, output_dir: Path) -> None:
                 f"INIT_CHECKPOINT {first}: the files of {output_dir} move to its runs/ when an ensemble starts there: "
                 "choose another OUTPUT_DIR"
             )
-    begin_folder(output_dir, data)
+    begin_folder(output_dir, data, settings)
     write_json(output_dir / "settings.json", asdict(settings))

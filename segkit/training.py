@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from segkit.checkpoints import best_checkpoint, save_checkpoint
+from segkit.checkpoints import best_checkpoint, load_only_checkpoint, save_checkpoint
 from segkit.dataset import Data
+from segkit.errors import SegkitError
 from segkit.interrupts import Interrupts
 from segkit.locks import alone
 from segkit.ranks import Ranks, join_ranks
@@ -25,6 +26,7 @@ from segkit.runs import (
     write_json,
 )
 from segkit.schedule import should_stop
+from segkit.seen import Learned, RunSplit, learned_by, without_seen
 from segkit.settings import TrainSettings
 from segkit.trainer import Trainer
 from segkit.training_state import load_state, save_state
@@ -138,16 +140,33 @@ def _train(
     return History(trainer.history, interrupted=stopped)
 
 
-def begin_folder(folder: Path, data: Data) -> None:
+def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
     """Make a folder ready for a new run: files of an older one move away, label_map.json and split.json are written.
 
-    Raises SegkitError where the older one is being evaluated.
+    What INIT_CHECKPOINT has seen of the test is printed. Raises SegkitError where the older run is being evaluated.
     """
+    split = RunSplit(data.folder.resolve(), data.learned(), _seen_before(data, settings))  # maybe in the older run
     taken = f"{folder}: another process is evaluating the run in it; wait until it ends, or choose another OUTPUT_DIR"
     with alone(folder / PREDICTIONS_LOCK, taken):
         start_run(folder)
     write_json(folder / "label_map.json", data.label_map)
-    write_json(folder / "split.json", data.split_to_json())
+    write_json(folder / "split.json", split.to_json())
+
+
+def _seen_before(data: Data, settings: TrainSettings) -> tuple[Learned | None, ...]:
+    """The trainings behind the weights of INIT_CHECKPOINT; what they have seen of the test is printed."""
+    if settings.init_checkpoint is None:
+        return ()
+    path = load_only_checkpoint(settings.init_checkpoint).path.parent / "split.json"
+    earlier = learned_by(path, "move it away if it cannot be mended: it says what INIT_CHECKPOINT was trained on")
+    try:
+        _, findings = without_seen(data.split, data.learned().ct_bytes, earlier, path)
+        said = [*map(str, findings)]
+    except SegkitError as error:
+        said = [str(error)]
+    for text in said:
+        print(f"INIT_CHECKPOINT = {settings.init_checkpoint}: {text}")
+    return earlier
 
 
 def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
@@ -173,7 +192,8 @@ class _RunFiles:
         if not self.first:
             return
         if not going_on:
-            begin_folder(self.folder, data)  # only now, when nothing in the settings or data stops the new run
+            # only now, when nothing in the settings or data stops the new run
+            begin_folder(self.folder, data, self.trainer.settings)
         write_json(self.folder / "settings.json", asdict(self.trainer.settings))
 
     def save_state(self) -> None:

@@ -19,7 +19,7 @@ from conftest import write_nifti, write_subject
 from damage import VALUES, changed, damaged, damaged_json, try_all, with_pieces
 from hypothesis import strategies as st
 
-from segkit import comparison, dataset, evaluation, labels, staging
+from segkit import comparison, evaluation, labels, staging
 from segkit.checkpoints import best_checkpoint, load_checkpoint, save_checkpoint
 from segkit.codes import CodeVolume, encode
 from segkit.download import downloading
@@ -28,6 +28,7 @@ from segkit.formats.label_image import read_names
 from segkit.formats.nnunet import find_cases
 from segkit.ranks import join_ranks
 from segkit.runs import write_json
+from segkit.seen import read_split
 from segkit.settings import NO_AUGMENTATION, TrainSettings
 from segkit.sharing import _scores_of
 from segkit.splits import SPLITS
@@ -100,17 +101,18 @@ def nnunet(folder: Path):
 def split(folder: Path):
     parts = {name: [{"subject": f"s{n}", "slabs": None}] for n, name in enumerate(SPLITS)}
     parts["val"][0]["slabs"] = [[0, 8], [16, 24]]
-    content = {"data_dir": "/data", "ct_bytes": {"s0": 5}, "source": "by hand", **parts}
+    own = {"ct_bytes": {"s0": 5}, "source": "by hand", **parts}
+    content = {"data_dir": "/data", **own, "earlier": [own, None]}
 
     def check(read):
-        data_dir, sizes, found = read
-        assert isinstance(data_dir, Path) and isinstance(sizes, dict) and found.test
-        for name in SPLITS:
-            for part in getattr(found, name):
+        assert isinstance(read.data_dir, Path) and read.own.split.test
+        for learned in filter(None, (read.own, *read.earlier)):
+            assert isinstance(learned.ct_bytes, dict)
+            for part in (part for name in SPLITS for part in getattr(learned.split, name)):
                 check_names([part.subject])
                 assert set(part.slices(40)) <= set(range(40))
 
-    return folder / "split.json", content, dataset._read_split, check
+    return folder / "split.json", content, read_split, check
 
 
 def history(folder: Path):

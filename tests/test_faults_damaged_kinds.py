@@ -19,10 +19,10 @@ from test_faults_damaged_scans import AFFINE, HU, nrrd_header, read_one
 
 from segkit import evaluation, labels, staging
 from segkit.checkpoints import best_checkpoint, load_checkpoint
-from segkit.dataset import _read_split
 from segkit.errors import Findings, SegkitError
 from segkit.formats.label_image import read_names
 from segkit.reading import read_ct, read_labels, refuse
+from segkit.seen import read_split
 from segkit.subjects import find_subjects
 from segkit.training_state import load_state
 
@@ -74,7 +74,7 @@ def readers(folder: Path) -> dict[Path, Callable[[Path], object]]:
         dicom: read_one,
         folder / "labels.json": read_names,
         folder / "label_map.json": labels.load_label_map,
-        folder / "split.json": _read_split,
+        folder / "split.json": read_split,
         folder / "training_history.json": lambda path: best_checkpoint(path.parent),
         save_network(folder / "checkpoint_epoch1.pth"): load_checkpoint,
         save_network(folder / "model.safetensors"): load_checkpoint,

@@ -31,9 +31,9 @@ from test_faults_damaged_scans import AFFINE, HU, nrrd_header, read_one
 
 from segkit import labels, untrusted
 from segkit.checkpoints import load_checkpoint, load_checkpoints
-from segkit.dataset import _read_split
 from segkit.errors import SegkitError
 from segkit.formats.label_image import embedded_names, read_names
+from segkit.seen import read_split
 from segkit.subjects import read_meta_split
 from segkit.training_state import load_state
 
@@ -223,7 +223,7 @@ def bombs(folder: Path):
         (folder / name).write_bytes(content)
         return folder / name, read
 
-    readers = (("labels.json", read_names), ("label_map.json", labels.load_label_map), ("split.json", _read_split))
+    readers = (("labels.json", read_names), ("label_map.json", labels.load_label_map), ("split.json", read_split))
     for name, read in readers:
         yield f"lists in lists ({name})", *words(f"deep {name}", b"[" * 1_000_000, read)
         yield f"objects in objects ({name})", *words(f"deeper {name}", b'{"a":' * 200_000 + b"1" + b"}" * 200_000, read)
@@ -236,7 +236,7 @@ def bombs(folder: Path):
         yield f"40 MB of lists ({name})", *words(f"large {name}", b"[" + b"[]," * 14_000_000 + b"[]]", read)
     slabs = [{"subject": "s0", "slabs": [[-(10**12), 5]]}]
     text = {"data_dir": "x", "ct_bytes": {}, "source": "x", "train": slabs, "val": slabs, "test": slabs}
-    yield "a slab of 10^12 slices", *words("slab split.json", json.dumps(text).encode(), _read_split)
+    yield "a slab of 10^12 slices", *words("slab split.json", json.dumps(text).encode(), read_split)
     yield (
         "a cell of 10 MB",
         *words("meta.csv", b"image_id;split\n" + b"a" * 10_000_000, lambda path: read_meta_split(path.parent)),

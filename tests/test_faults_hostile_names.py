@@ -33,7 +33,6 @@ from segkit.__main__ import main
 from segkit.audit import audit, write_audit
 from segkit.checkpoints import load_checkpoint
 from segkit.codes import CodeVolume
-from segkit.dataset import _read_split
 from segkit.errors import Findings, SegkitError
 from segkit.formats.label_image import embedded_names, read_names
 from segkit.formats.mask_files import find_mask_files
@@ -41,6 +40,7 @@ from segkit.formats.nnunet import find_cases
 from segkit.inference import Segmentation
 from segkit.runs import write_csv
 from segkit.scans import find_scans, read_scan
+from segkit.seen import read_split
 from segkit.stores import sealed
 
 MARK = "segkit_was_here"
@@ -118,7 +118,7 @@ def in_split(folder: Path, name: str):
     parts = [{"subject": name, "slabs": None}]
     content = {"data_dir": "x", "ct_bytes": {}, "source": "x", "train": parts, "val": parts, "test": parts}
     (folder / "split.json").write_text(json.dumps(content))
-    return "split.json", [part.subject for part in _read_split(folder / "split.json")[2].test]
+    return "split.json", [part.subject for part in read_split(folder / "split.json").own.split.test]
 
 
 def in_checkpoint(folder: Path, name: str):

@@ -16,6 +16,7 @@ from segkit.ensemble import train_members
 from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
 from segkit.ranks import Ranks
+from segkit.seen import read_split
 from segkit.settings import TrainSettings, changed
 from segkit.slices import SliceDataset, batches
 from segkit.training import train
@@ -213,6 +214,7 @@ def test_what_a_training_started_from_stays_known(phantom_data, uninterrupted, t
     train(phantom_data, SETTINGS, tmp_path, progress=False, resume=True)
     assert load_checkpoint(tmp_path / "checkpoint_epoch3.pth").settings["init_checkpoint"] == str(start)
     assert "left out" not in capsys.readouterr().out
+    assert read_split(tmp_path / "split.json").earlier == (read_split(uninterrupted / "split.json").own,)
     shutil.copytree(uninterrupted, tmp_path / "run")
     longer = replace(SETTINGS, epochs=4, init_checkpoint=str(start))
     train(phantom_data, longer, tmp_path / "run", progress=False, resume=True)

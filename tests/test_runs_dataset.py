@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 from segkit import dataset, runs
 from segkit.errors import SegkitError, SubjectError
 from segkit.locks import alone
-from segkit.splits import Part, make_split
+from segkit.seen import Learned, RunSplit, read_split
+from segkit.settings import TrainSettings
+from segkit.splits import Part, Split, make_split
+from segkit.training import train
+
+TINY = TrainSettings(
+    epochs=1,
+    batch_size=4,
+    target_shape=(32, 32),
+    features=(4, 8),
+    slices_per_epoch=4,
+    validation_slices=2,
+    device="cpu",
+)
 
 
 def test_the_root_is_found_from_anywhere_inside(tmp_path, monkeypatch):
@@ -135,7 +148,7 @@ def test_open_data_discovers_what_is_there(phantom_data):
 
 def run_of(data, folder):
     runs.write_json(folder / "label_map.json", data.label_map)
-    runs.write_json(folder / "split.json", data.split_to_json())
+    runs.write_json(folder / "split.json", RunSplit(data.folder.resolve(), data.learned()).to_json())
 
 
 def test_open_run_takes_the_split_that_training_wrote(phantom_data, tmp_path):
@@ -211,6 +224,43 @@ def test_what_another_runs_model_was_trained_on_or_chosen_by_is_left_out(phantom
     model = other_run(phantom_data, tmp_path / "all", train=mine)
     with pytest.raises(SegkitError, match=r"all/split\.json: the model was trained on, or chosen by, 3 of 3 test subj"):
         dataset.open_run(tmp_path / "mine", tmp_path / "staged", progress=False, model=model)
+
+
+def test_what_the_weights_had_seen_that_a_training_started_from_is_left_out(phantom_data, tmp_path):
+    a, b, c, d, e = map(Part, phantom_data.staged)
+    sizes = phantom_data.learned().ct_bytes
+    first = Learned(sizes, Split((a,), (b,), (c, d), "before everything"))
+    moved = Learned({**sizes, d.subject: 1}, Split((d,), (d,), (d,), "another d"))
+    own = Learned(sizes, Split((e,), (e,), (a, b, c, d), "by hand"))
+    written = RunSplit(phantom_data.folder.resolve(), own, (moved, first, None))
+    runs.write_json(tmp_path / "label_map.json", phantom_data.label_map)
+    runs.write_json(tmp_path / "split.json", written.to_json())
+    assert read_split(tmp_path / "split.json") == written
+    data = dataset.open_run(tmp_path, tmp_path / "staged", progress=False)
+    assert data.split.test == (c, d)  # b chose the weights; d is another scan of that name
+    assert [finding.kind for finding in data.problems] == [
+        "training not known",
+        "seen in training",
+        "names of training",
+    ]
+
+
+def test_a_training_says_what_of_its_test_the_weights_had_seen_that_it_starts_from(phantom_data, tmp_path, capsys):
+    train(phantom_data, TINY, tmp_path / "first", progress=False)
+    taken, *others = phantom_data.split.train
+    tested = replace(phantom_data, split=replace(phantom_data.split, train=tuple(others), test=(taken,)))
+    for folder, said in (
+        ("first", "split.json: the model was trained on, or chosen by, 1 of 1 test subjects"),
+        ("copied", "split.json is missing: nobody knows here what the model was trained on"),
+    ):
+        start = tmp_path / folder / "checkpoint_epoch1.pth"
+        if folder == "copied":
+            start.parent.mkdir()
+            shutil.copy(tmp_path / "first" / start.name, start)
+        train(tested, replace(TINY, init_checkpoint=str(start)), tmp_path / f"from {folder}", progress=False)
+        said_so = capsys.readouterr().out
+        assert f"INIT_CHECKPOINT = {start}: {start.parent / said}" in said_so
+    assert read_split(tmp_path / "from copied" / "split.json").earlier == (None,)
 
 
 def test_validation_subjects_stay_where_the_test_is_of_those_anyhow(phantom_data, tmp_path):
