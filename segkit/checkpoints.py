@@ -214,25 +214,33 @@ def load_checkpoints(source: str | Path, label_map: Mapping[str, int] | None = N
     network where it is no ensemble; all networks of the model that was shared in it (`segkit.sharing`); or the one in
     the file `source`. Raises SegkitError as `load_checkpoint` does, and for a shared model that is not whole.
     """
-    source = Path(source)
+    return [load_checkpoint(path, label_map) for path in _find_checkpoints(Path(source))]
+
+
+def load_only_checkpoint(source: str | Path) -> Checkpoint:
+    """What INIT_CHECKPOINT names: as of `load_checkpoints`, but of one network. SegkitError where there are more."""
+    return load_checkpoint(find_only_checkpoint(source))
+
+
+def find_only_checkpoint(source: str | Path) -> Path:
+    """The file of `load_only_checkpoint`, not opened. Raises SegkitError where there is none, or more than one."""
+    first, *others = _find_checkpoints(Path(source))
+    if others:
+        files = ", ".join(map(str, (first, *others)))
+        raise SegkitError(f"INIT_CHECKPOINT {source}: holds {len(others) + 1} networks; name one of them: {files}")
+    return first
+
+
+def _find_checkpoints(source: Path) -> list[Path]:
+    """The files of `load_checkpoints`."""
     if not source.exists():
         raise SegkitError(
             f"{source}: no such checkpoint, no training run there; train first (train_unet.ipynb, or segkit train), "
             "or give the path of one"
         )
     if not source.is_dir():
-        return [load_checkpoint(source, label_map)]
-    paths = shared_files(source) or [_best(folder)[1] for folder in _trainings(source)]
-    return [load_checkpoint(path, label_map) for path in paths]
-
-
-def load_only_checkpoint(source: str | Path) -> Checkpoint:
-    """What INIT_CHECKPOINT names: as of `load_checkpoints`, but of one network. SegkitError where there are more."""
-    first, *others = load_checkpoints(source)
-    if others:
-        files = ", ".join(str(one.path) for one in (first, *others))
-        raise SegkitError(f"INIT_CHECKPOINT {source}: holds {len(others) + 1} networks; name one of them: {files}")
-    return first
+        return [source]
+    return shared_files(source) or [_best(folder)[1] for folder in _trainings(source)]
 
 
 def _trainings(run: Path) -> list[Path]:

@@ -202,8 +202,9 @@ def open_run(
     if not any(of_run.own.is_same(name, ct_bytes) for name in ct_bytes):
         test = [s.name for s in subjects if s.split == "test"] or [s.name for s in subjects]
         split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
-    of_model = (run if model is None else model.path.parent) / "split.json"
-    split, seen = without_seen(split, ct_bytes, learned_by(of_model), of_model)
+    source = (run if model is None else model.path.parent) / "split.json"
+    learned = of_run.learned if model is None else learned_by(source)
+    split, seen = without_seen(split, ct_bytes, learned, source)
     split = replace(split, test=split.test[:max_subjects])
     names = {part.subject for part in split.test}
     tested = [subject for subject in subjects if subject.name in names]

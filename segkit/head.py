@@ -24,7 +24,7 @@ DICE_SMOOTH = 1.0
 """Pixels added to both halves of the Dice ratio, so that a structure of a few pixels has a gradient to follow."""
 
 
-def alone(own: torch.Tensor) -> torch.Tensor:
+def unshared(own: torch.Tensor) -> torch.Tensor:
     """The Summing of one process, or of what is not to be shared: what it has itself."""
     return own
 

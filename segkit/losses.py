@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from segkit.choices import LOSSES, Terms
-from segkit.head import Asked, ChunkedHead, Summing, alone
+from segkit.head import Asked, ChunkedHead, Summing, unshared
 from segkit.slices import Targets
 
 
@@ -24,7 +24,7 @@ def head_loss(
     pos_weight: torch.Tensor,
     terms: Terms = LOSSES["bce"],
     number: torch.Tensor | None = None,
-    together: Summing = alone,
+    together: Summing = unshared,
 ) -> torch.Tensor:
     """The loss of a batch: a scalar that keeps the gradients of features, weight and bias.
 
@@ -64,7 +64,7 @@ class ModelWithLoss(nn.Module):
         images: torch.Tensor,
         targets: Targets,
         number: torch.Tensor | None = None,
-        together: Summing = alone,
+        together: Summing = unshared,
     ) -> torch.Tensor:
         """The loss of a batch, a scalar, as `head_loss` computes it; images (B, in_channels, H, W) float."""
         targets, features = targets.by_slice(self.network.decode(images))

@@ -39,6 +39,11 @@ class RunSplit:
     own: Learned
     earlier: tuple[Learned | None, ...] = ()  # None of weights whose training nobody knows
 
+    @property
+    def learned(self) -> tuple[Learned | None, ...]:
+        """All trainings of its model, the last first."""
+        return (self.own, *self.earlier)
+
     def to_json(self) -> dict:
         """Plain types for `split.json`."""
         earlier = [None if each is None else each.to_json() for each in self.earlier]
@@ -64,10 +69,7 @@ def _learned(content: Mapping, path: Path) -> Learned:
 
 def learned_by(path: Path, remedy: str = "train again") -> tuple[Learned | None, ...]:
     """The trainings of the models beside the split.json at `path`, the last first; None where it is not there."""
-    if not path.is_file():
-        return (None,)
-    run = read_split(path, remedy)
-    return (run.own, *run.earlier)
+    return read_split(path, remedy).learned if path.is_file() else (None,)
 
 
 def without_seen(

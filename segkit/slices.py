@@ -215,8 +215,7 @@ def epoch_order(
     wanted = slices if slices_per_epoch is None else slices_per_epoch
     random = np.random.default_rng((seed, epoch))
     balanced = round(wanted * balance) if balance and holds is not None and holds.any() else 0
-    passes = [random.permutation(slices) for _ in range(-(-(wanted - balanced) // slices))]
-    order = np.concatenate([*passes, np.zeros(0, int)])[: wanted - balanced]
+    order = _in_passes(np.arange(slices), wanted - balanced, random)
     if balanced and holds is not None:
         turns = np.ones(holds.shape[1]) if turns is None else turns
         order = random.permutation(np.concatenate([order, _balanced_slices(holds, turns, balanced, random)]))
@@ -232,12 +231,16 @@ def _balanced_slices(holds: np.ndarray, turns: np.ndarray, count: int, random: n
     there = random.permutation(np.flatnonzero(reasons.any(0)))
     upto = np.append(turns, 1.0)[there].cumsum()
     ends = np.floor(upto / upto[-1] * count + random.random()).clip(max=count).astype(int)
-    chosen = [np.zeros(0, int)]
-    for reason, number in zip(there, np.diff(ends, prepend=0), strict=True):
-        its_slices = np.flatnonzero(reasons[:, reason])
-        passes = [random.permutation(its_slices) for _ in range(-(-number // len(its_slices)))]
-        chosen += [np.concatenate([*passes, np.zeros(0, int)])[:number]]
-    return np.concatenate(chosen)
+    numbers = np.diff(ends, prepend=0)
+    return np.concatenate(
+        [_in_passes(np.flatnonzero(reasons[:, r]), n, random) for r, n in zip(there, numbers, strict=True)]
+    )
+
+
+def _in_passes(slices: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` of these slices: as many shuffled passes over all of them as it takes, the last one not to its end."""
+    passes = [random.permutation(slices) for _ in range(-(-count // len(slices)))]
+    return np.concatenate([*passes, np.zeros(0, int)])[:count]
 
 
 class _Numbered(Dataset):

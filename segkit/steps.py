@@ -15,7 +15,7 @@ from segkit.choices import LOSSES
 from segkit.dataset import Data
 from segkit.devices import autocast
 from segkit.errors import DivergedError
-from segkit.head import alone
+from segkit.head import unshared
 from segkit.labels import mirrored_channels
 from segkit.networks import build_network, network_arguments, on_device, precision
 from segkit.ranks import Ranks
@@ -165,7 +165,7 @@ class Learner:
         """The gradients of all parts, added up; the sum of their losses."""
         total = 0.0
         # ranks may have another number of parts each: only a batch that is computed at once is one to the Dice term
-        together = self.ranks.sum if self.parts == 1 else alone
+        together = self.ranks.sum if self.parts == 1 else unshared
         for place, part in enumerate(parts):
             # ranks average their gradients, and only once a step; the loss is divided by `number` over all ranks
             later = self.ranks.world > 1 and place < len(parts) - 1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from segkit.checkpoints import best_checkpoint, load_only_checkpoint, save_checkpoint
+from segkit.checkpoints import best_checkpoint, find_only_checkpoint, save_checkpoint
 from segkit.dataset import Data
 from segkit.errors import SegkitError
 from segkit.interrupts import Interrupts
@@ -145,22 +145,23 @@ def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
 
     What INIT_CHECKPOINT has seen of the test is printed. Raises SegkitError where the older run is being evaluated.
     """
-    split = RunSplit(data.folder.resolve(), data.learned(), _seen_before(data, settings))  # maybe in the older run
+    own = data.learned()
+    earlier = _seen_before(own, settings)  # before they move away: INIT_CHECKPOINT may be of the older run
     taken = f"{folder}: another process is evaluating the run in it; wait until it ends, or choose another OUTPUT_DIR"
     with alone(folder / PREDICTIONS_LOCK, taken):
         start_run(folder)
     write_json(folder / "label_map.json", data.label_map)
-    write_json(folder / "split.json", split.to_json())
+    write_json(folder / "split.json", RunSplit(data.folder.resolve(), own, earlier).to_json())
 
 
-def _seen_before(data: Data, settings: TrainSettings) -> tuple[Learned | None, ...]:
-    """The trainings behind the weights of INIT_CHECKPOINT; what they have seen of the test is printed."""
+def _seen_before(own: Learned, settings: TrainSettings) -> tuple[Learned | None, ...]:
+    """The trainings behind the weights of INIT_CHECKPOINT; what they have seen of the new one's test is printed."""
     if settings.init_checkpoint is None:
         return ()
-    path = load_only_checkpoint(settings.init_checkpoint).path.parent / "split.json"
+    path = find_only_checkpoint(settings.init_checkpoint).parent / "split.json"
     earlier = learned_by(path, "move it away if it cannot be mended: it says what INIT_CHECKPOINT was trained on")
     try:
-        _, findings = without_seen(data.split, data.learned().ct_bytes, earlier, path)
+        _, findings = without_seen(own.split, own.ct_bytes, earlier, path)
         said = [*map(str, findings)]
     except SegkitError as error:
         said = [str(error)]

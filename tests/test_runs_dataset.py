@@ -9,24 +9,16 @@ import pytest
 from conftest import write_subject
 from hypothesis import given
 from hypothesis import strategies as st
+from test_training import SMALL
 
 from segkit import dataset, runs
 from segkit.errors import SegkitError, SubjectError
 from segkit.locks import alone
 from segkit.seen import Learned, RunSplit, read_split
-from segkit.settings import TrainSettings
 from segkit.splits import Part, Split, make_split
 from segkit.training import train
 
-TINY = TrainSettings(
-    epochs=1,
-    batch_size=4,
-    target_shape=(32, 32),
-    features=(4, 8),
-    slices_per_epoch=4,
-    validation_slices=2,
-    device="cpu",
-)
+TINY = replace(SMALL, epochs=1)
 
 
 def test_the_root_is_found_from_anywhere_inside(tmp_path, monkeypatch):
