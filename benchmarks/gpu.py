@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="measure these alone: step_256, predict_512_512_280, ...")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks" / "gpu")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -36,7 +37,7 @@ def main() -> None:
     chosen.quick = chosen.small
     bench = open_bench(chosen, SMALL if chosen.small else FULL)
     described = bench.store.once("machine", lambda: machine.describe(bench.threads, bench.device, bench.peers))
-    tables, failed = measure_all(bench, works(bench))
+    tables, failed = measure_all(bench, works(bench), chosen.only)
     for table in tables:
         table.rows = [with_rates(table, row) for row in table.rows]
     run = {"date": f"{date.today():%Y-%m-%d}", "command": "python -m benchmarks.gpu", "quick": chosen.small}

@@ -188,10 +188,10 @@ def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:
     if (variation.intensity[:, 3] != 1).any():
         low, high = HU_RANGE
         hu = ((hu - low) / (high - low)).clamp(0, 1) ** gamma * (high - low) + low
-    noise = torch.stack(
-        [torch.randn(hu.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in variation.noise_seeds]
-    )
-    return hu * factor + offset + deviation * noise.to(hu.device)
+    # drawn where it is needed: a CPU takes longer to draw it than a GPU for the whole of the rest
+    streams = [torch.Generator(hu.device).manual_seed(seed) for seed in variation.noise_seeds]
+    noise = torch.stack([torch.randn(hu.shape[1:], generator=stream, device=hu.device) for stream in streams])
+    return hu * factor + offset + deviation * noise
 
 
 def _blur(hu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

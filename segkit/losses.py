@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from segkit.choices import LOSSES, Terms
-from segkit.head import Asked, ChunkedHead, Summing, unshared
+from segkit.chunks import Plan, Summing, unshared
+from segkit.head import Asked, ChunkedHead
 from segkit.slices import Targets
 
 
@@ -25,6 +26,7 @@ def head_loss(
     terms: Terms = LOSSES["bce"],
     number: torch.Tensor | None = None,
     together: Summing = unshared,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """The loss of a batch: a scalar that keeps the gradients of features, weight and bias.
 
@@ -33,13 +35,15 @@ def head_loss(
     GPUs give the same gradient as one large batch; those of this batch by default (`annotated_number`). The Dice term
     is of the structures and samples of this batch; where several processes have a share each of one batch, and all
     call this, `together` sums over them, and it is of the whole. Of parts, one after the other, it is their mean.
+    `plan`: that of the same targets, terms and `together`, where it was made before.
     """
     own = annotated_number(targets)
     number = own if number is None else number
     share = own / number.clamp(min=1)
-    asked = Asked(targets, pos_weight, terms, number, share, together, torch.is_grad_enabled())
+    plan = Plan(targets, terms, together) if plan is None else plan
+    asked = Asked(plan, pos_weight, terms, number, share, together, torch.is_grad_enabled())
     # channels_last memory is rows of pixels already: nothing is copied
-    rows = features.movedim(1, -1).flatten(1, -2)
+    rows = features.movedim(1, -1).flatten(0, -2)
     return ChunkedHead.apply(rows, head.weight.flatten(1), head.bias, asked)
 
 
@@ -67,9 +71,12 @@ class ModelWithLoss(nn.Module):
         together: Summing = unshared,
     ) -> torch.Tensor:
         """The loss of a batch, a scalar, as `head_loss` computes it; images (B, in_channels, H, W) float."""
-        targets, features = targets.by_slice(self.network.decode(images))
+        [of_slices] = targets.by_slice()
+        plan = Plan(of_slices, self.terms, together)
+        _, features = targets.by_slice(self.network.decode(images))
+        head = self.network.head
         with torch.autocast(images.device.type, enabled=False):
-            return head_loss(features, self.network.head, targets, self.pos_weight, self.terms, number, together)
+            return head_loss(features, head, of_slices, self.pos_weight, self.terms, number, together, plan)
 
 
 def structure_frequencies(

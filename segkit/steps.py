@@ -12,10 +12,10 @@ import torch
 from segkit import augment, losses, memory
 from segkit.checkpoints import load_only_checkpoint
 from segkit.choices import LOSSES
+from segkit.chunks import unshared
 from segkit.dataset import Data
 from segkit.devices import autocast
 from segkit.errors import DivergedError
-from segkit.head import unshared
 from segkit.labels import mirrored_channels
 from segkit.networks import build_network, network_arguments, on_device, precision
 from segkit.ranks import Ranks

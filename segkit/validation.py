@@ -12,9 +12,9 @@ from scipy.special import expit, logit
 from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
+from segkit.chunks import code_members
 from segkit.devices import autocast
 from segkit.errors import DivergedError
-from segkit.head import code_members
 from segkit.losses import ModelWithLoss
 from segkit.memory import in_parts
 from segkit.ranks import Ranks

@@ -12,6 +12,7 @@ import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from segkit import dataset, phantom, steps
 
@@ -19,6 +20,8 @@ pytest_plugins = ["fault_table", "fault_processes"]
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+"""On which what must hold on any device is tested."""
 REAL_DATA = Path(os.environ.get("SEGKIT_REAL_DATA", ROOT.parent / "shared" / "data"))
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
 

@@ -4,10 +4,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import segkit.chunks
 import segkit.head
 from segkit.choices import LOSSES
 from segkit.errors import SegkitError
@@ -58,7 +60,8 @@ def test_the_skip_connection_is_joined_as_published():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 5, 6, 7), (1, 2, 1, 9), (2, 3, 4, 5, 6)])
-def test_instance_norm_is_that_of_torch(dtype, shape):
+@pytest.mark.parametrize("device", DEVICES)
+def test_instance_norm_is_that_of_torch(device, dtype, shape):
     torch.manual_seed(1)
     norm, reference = InstanceNorm(shape[1]), (nn.InstanceNorm2d if len(shape) == 4 else nn.InstanceNorm3d)(
         shape[1], affine=True
@@ -69,10 +72,10 @@ def test_instance_norm_is_that_of_torch(dtype, shape):
             layer.bias.copy_(torch.linspace(-1, 1, shape[1]))
     results = []
     for layer in (norm, reference):
-        layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        layer.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype).requires_grad_()
         y = layer(x)
-        (y * torch.linspace(-1, 2, y.numel()).view(shape)).sum().backward()
+        (y * torch.linspace(-1, 2, y.numel(), device=device).view(shape)).sum().backward()
         results.append([y, x.grad, layer.weight.grad, layer.bias.grad])
     close = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     for mine, theirs in zip(*results, strict=True):
@@ -124,6 +127,13 @@ def random_case(seed: int, dtype=torch.float64):
     return features, head, targets, torch.rand(channels, generator=g, dtype=dtype) * 20 + 1
 
 
+def moved(case, device: str):
+    """A random case on another device, its features still a leaf."""
+    features, head, targets, weight = case
+    there = Targets(*(part.to(device) for part in (targets.codes, targets.codebook, targets.annotated)))
+    return features.detach().to(device).requires_grad_(), head.to(device), there, weight.to(device)
+
+
 def dense_loss(features, head, targets, weight):
     """The reference: BCEWithLogitsLoss on dense planes, mean over what is annotated."""
     loss = F.binary_cross_entropy_with_logits(
@@ -149,7 +159,7 @@ def test_the_chunked_head_equals_the_dense_reference_with_every_gradient(seed):
 def test_the_size_of_the_chunks_changes_nothing(monkeypatch, chunk):
     features, head, targets, weight = random_case(5)
     expected = torch.autograd.grad(dense_loss(features, head, targets, weight), features)[0]
-    monkeypatch.setattr(segkit.head, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(segkit.chunks, "CHUNK_PIXELS", chunk)
     loss = head_loss(features, head, targets, weight)
     assert torch.allclose(torch.autograd.grad(loss, features)[0], expected, rtol=1e-9)
 
@@ -168,8 +178,9 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(loss, (features, head.weight, head.bias))
 
 
-def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
-    features, head, targets, weight = random_case(3)
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_and_bfloat16_are_as_exact_as_the_dense_path(device):
+    features, head, targets, weight = moved(random_case(3), device)
     exact = dense_loss(features, head, targets, weight)
     exact_gradient = torch.autograd.grad(exact, features)[0]
     single = [features.detach().float().requires_grad_(), head.float(), targets, weight.float()]
@@ -179,7 +190,7 @@ def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
     assert torch.allclose(gradient, exact_gradient.float(), rtol=1e-5, atol=1e-7)
     low = features.detach().bfloat16().requires_grad_()
     loss = head_loss(low, head, targets, weight.float())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         dense_low = F.binary_cross_entropy_with_logits(
             head(low).float(), targets.dense().float(), pos_weight=weight.float()[:, None, None], reduction="none"
         )[targets.annotated[:, :, None, None].expand(-1, -1, *low.shape[2:])].mean()
@@ -187,9 +198,10 @@ def test_float32_and_bfloat16_are_as_exact_as_the_dense_path():
 
 
 @pytest.mark.parametrize("name", ["bce", "bce_dice"])
-def test_float16_gradients_survive_with_a_loss_scale(name):
+@pytest.mark.parametrize("device", DEVICES)
+def test_float16_gradients_survive_with_a_loss_scale(device, name):
     """At 2e7 terms 1 / number is below what float16 can hold, and so is a gradient times it."""
-    features, head, targets, weight = random_case(9, torch.float32)
+    features, head, targets, weight = moved(random_case(9, torch.float32), device)
     number = annotated_number(targets) * (20_000_000 // int(annotated_number(targets)))
     scale = 65536.0
     inputs = [features, head.weight, head.bias]
@@ -198,7 +210,7 @@ def test_float16_gradients_survive_with_a_loss_scale(name):
     ours = torch.autograd.grad(loss * scale, [low, *inputs[1:]])
     assert [g.dtype for g in ours] == [torch.float16, torch.float32, torch.float32]
     exact = low.detach().double().requires_grad_()
-    wide = nn.Conv2d(head.in_channels, head.out_channels, 1).double()
+    wide = nn.Conv2d(head.in_channels, head.out_channels, 1, device=device).double()
     wide.load_state_dict(head.state_dict())
     inputs = [exact, wide.weight, wide.bias]
     expected = head_loss(exact, wide, targets, weight.double(), LOSSES[name], number)
@@ -257,10 +269,11 @@ def dense_terms(features, head, targets, weight, terms):
     return terms.bce * entropy + (terms.dice * (1 - dice.mean()) if there.any() else 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(sorted(LOSSES)))
-def test_every_loss_equals_its_definition_with_every_gradient(seed, name):
-    features, head, targets, weight = random_case(seed)
+@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(LOSSES)))
+def test_every_loss_equals_its_definition_with_every_gradient(device, seed, name):
+    features, head, targets, weight = moved(random_case(seed), device)
     inputs = [features, head.weight, head.bias]
     loss = head_loss(features, head, targets, weight, LOSSES[name])
     expected = dense_terms(features, head, targets, weight, LOSSES[name])
