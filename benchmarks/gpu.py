@@ -28,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="measure these alone: step_256, predict_512_512_280, ...")
+    parser.add_argument(
+        "--only", nargs="*", metavar="NAME", help="measure these tables alone"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks" / "gpu")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -42,6 +42,7 @@ Networks and losses
     norms.py           normalisation of each slice alone, fast on a CPU
     unet.py            the 2D U-Net
     networks.py        what MODEL chooses among, from MONAI where it has it
+    chunks.py          a batch cut into chunks of pixels, and what its targets tell beforehand
     head.py            the last layer with its loss, chunk by chunk
     losses.py          cross-entropy, Dice and focal loss; network and loss as one
 
