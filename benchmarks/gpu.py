@@ -28,9 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument(
-        "--only", nargs="*", metavar="NAME", help="measure these tables alone"
-    )
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="measure these tables alone")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks" / "gpu")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
