@@ -16,8 +16,7 @@ from segkit.choices import Terms
 from segkit.slices import Targets
 
 CHUNK_PIXELS = 4096  # of 117 float32 channels: what two cores have near themselves
-CHUNKS_ON_DEVICE = 64
-"""How many times as many pixels a GPU takes at once: each chunk costs it some 40 launches, whatever its size."""
+DEVICE_CHUNK_PIXELS = 64 * CHUNK_PIXELS  # a GPU launches some 40 kernels for a chunk, whatever its size
 Summing = Callable[[torch.Tensor], torch.Tensor]
 """Adds what several processes have of the same, such as `segkit.ranks.Ranks.sum`."""
 
@@ -48,10 +47,10 @@ class Plan:
     Pixels count through the batch, sample by sample. Samples side by side that annotate the same are one run, and a
     chunk never reaches into another run: its logits are of the run's channels.
 
-    pixel, channel: int64 (T,), the T members in the order of pixels. voxels: int64 (C,), how many each channel has, and
-    `reference` as many of all processes, which `together` sums up. cuts: of each chunk its first pixel, the first one
+    pixel, channel: int64 (T,), the T members in the order of pixels. cuts: of each chunk its first pixel, the first one
     beyond, and its run. ends: how many members come before the end of each chunk. annotated: over all channels that a
-    run annotates; occurring: over those of them alone that occur in the batch, where the Dice term is asked for.
+    run annotates. For the Dice term, where it is asked for, reference: int64 (C,), how many members each channel has in
+    all processes, which `together` sums up; occurring: over those channels alone that have any.
     """
 
     def __init__(self, targets: Targets, terms: Terms, together: Summing = unshared):
@@ -64,29 +63,26 @@ class Plan:
         flat = (targets.codes.flatten(1) + first).flatten()
         self.pixel, column = counts.index_select(0, flat).nonzero(as_tuple=True)
         self.channel = table[flat.index_select(0, self.pixel), column]
-        self.voxels = torch.bincount(self.channel, minlength=channels)
-        self.reference = together(self.voxels)
+        voxels = torch.bincount(self.channel, minlength=channels)
+        self.reference = together(voxels) if terms.dice else voxels
         self._cut(targets.annotated, pixels)
         self.annotated = self._sweep(self.known)
         self.occurring = self._sweep(self.known & (self.reference > 0)) if terms.dice else None
 
     def _cut(self, annotated: torch.Tensor, pixels: int) -> None:
-        """Into runs, whose channels `known` are, bool (R, C), and these into chunks."""
+        """Into R runs, whose channels are `known`, bool (R, C), and these into chunks; where in its own a member is."""
         lengths = [len(list(same)) for _, same in groupby(annotated.tolist())]
-        self.size = CHUNK_PIXELS if self.device.type == "cpu" else CHUNKS_ON_DEVICE * CHUNK_PIXELS
+        self.size = CHUNK_PIXELS if self.device.type == "cpu" else DEVICE_CHUNK_PIXELS
         self.cuts: list[tuple[int, int, int]] = []
-        begin, heads = 0, []
-        for run, length in enumerate(lengths):
-            heads.append(begin)
-            stop = (begin + length) * pixels
-            starts = range(begin * pixels, stop, self.size)
+        firsts = [sum(lengths[:run]) for run in range(len(lengths))]
+        for run, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+            stop = (first + length) * pixels
+            starts = range(first * pixels, stop, self.size)
             self.cuts += [(start, min(start + self.size, stop), run) for start in starts]
-            begin += length
-        self.known = annotated[heads]
+        self.known = annotated[firsts]
         starts, stops, runs = torch.tensor(self.cuts, device=self.device).T.contiguous()
-        self.chunk = torch.bucketize(self.pixel, stops, right=True)
-        self.place = self.pixel - starts[self.chunk]
-        self.run = runs[self.chunk]
+        chunk = torch.bucketize(self.pixel, stops, right=True)
+        self.place, self.run = self.pixel - starts[chunk], runs[chunk]
         self.ends = torch.bucketize(stops, self.pixel).tolist()
 
     def _sweep(self, channels: torch.Tensor) -> Sweep:
@@ -115,8 +111,8 @@ class Chunk:
     channel: torch.Tensor  # of which structure, int64 (T,), among all channels
 
 
-class Batch:
-    """A planned batch ready to be swept over: rows (N, F) of features, weight (C, F), bias (C,).
+class Logits:
+    """Those of a planned batch, a chunk at a time, from rows (N, F) of features, weight (C, F), bias (C,).
 
     bfloat16 features are multiplied as such. Of float16 all is computed in float32, because its range holds neither
     the derivative of a large weight nor that of a small probability.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from segkit.choices import Terms
-from segkit.chunks import Batch, Chunk, Plan, Summing
+from segkit.chunks import Chunk, Logits, Plan, Summing
 
 DICE_SMOOTH = 1.0
 """Pixels added to both halves of the Dice ratio, so that a structure of a few pixels has a gradient to follow."""
@@ -42,16 +42,16 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, bias, asked):
         """The loss, a scalar, and beside it its gradients, where `asked` for."""
-        terms, batch = asked.terms, Batch(rows, weight, bias, asked.plan)
-        total = bias.new_zeros((), dtype=batch.wide)
+        terms, logits = asked.terms, Logits(rows, weight, bias, asked.plan)
+        total = bias.new_zeros((), dtype=logits.wide)
         scale = 1 / asked.number.to(total).clamp(min=1)
-        dice = _SoftDice(batch, asked, scale) if terms.dice else None
+        dice = _SoftDice(logits, asked, scale) if terms.dice else None
         grads = []
         if asked.gradients:
-            grads = [torch.empty_like(rows, dtype=batch.dtype), torch.zeros_like(weight), torch.zeros_like(bias)]
+            grads = [torch.empty_like(rows, dtype=logits.dtype), torch.zeros_like(weight), torch.zeros_like(bias)]
         if terms.bce or asked.gradients:
-            scaled = (weight * scale).to(batch.dtype)
-            for chunk in batch.chunks(asked.plan.annotated):
+            scaled = (weight * scale).to(logits.dtype)
+            for chunk in logits.chunks(asked.plan.annotated):
                 loss, slope = _loss_and_slope(chunk, asked, dice)
                 total += loss
                 if asked.gradients and slope is not None:
@@ -143,12 +143,12 @@ class _SoftDice:
     derivative by a process's own logits is divided by `scale`, which the sweep that adds it up multiplies by.
     """
 
-    def __init__(self, batch: Batch, asked: Asked, scale: torch.Tensor):
+    def __init__(self, logits: Logits, asked: Asked, scale: torch.Tensor):
         plan = asked.plan
         assert plan.occurring is not None  # channels that do not occur have no part in the mean
-        sums = torch.cat([scale.new_zeros(2 * len(batch.bias)), asked.share.to(scale)[None]])  # added up at once
+        sums = torch.cat([scale.new_zeros(2 * len(logits.bias)), asked.share.to(scale)[None]])  # added up at once
         both, predicted = sums[:-1].view(2, -1)
-        for chunk in batch.chunks(plan.occurring):
+        for chunk in logits.chunks(plan.occurring):
             p = torch.sigmoid(chunk.z, out=chunk.z)
             predicted[chunk.swept] += p.sum(0)
             both.index_add_(0, chunk.channel, p.flatten()[chunk.inside])
