@@ -12,6 +12,7 @@ from torch import nn
 import segkit.chunks
 import segkit.head
 from segkit.choices import LOSSES
+from segkit.chunks import Plan
 from segkit.errors import SegkitError
 from segkit.losses import (
     ModelWithLoss,
@@ -162,6 +163,26 @@ def test_the_size_of_the_chunks_changes_nothing(monkeypatch, chunk):
     monkeypatch.setattr(segkit.chunks, "CHUNK_PIXELS", chunk)
     loss = head_loss(features, head, targets, weight)
     assert torch.allclose(torch.autograd.grad(loss, features)[0], expected, rtol=1e-9)
+
+
+def test_chunks_reach_over_samples_that_annotate_the_same_and_into_no_others(monkeypatch):
+    monkeypatch.setattr(segkit.chunks, "CHUNK_PIXELS", 8)
+    generator = torch.Generator().manual_seed(0)
+    annotated = torch.tensor([[True, True, False], [True, True, False], [False, True, True]])
+    table = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1]]).bool().expand(3, -1, -1)
+    targets = Targets(torch.randint(0, 4, (3, 2, 3), generator=generator), table, annotated)
+    plan = Plan(targets, LOSSES["bce_dice"])
+    assert plan.cuts == [(0, 8, 0), (8, 12, 0), (12, 18, 1)]  # three samples of six pixels
+    members = (targets.dense() & annotated[:, :, None, None]).movedim(1, -1).flatten(0, -2)  # (pixel, channel)
+    assert torch.equal(torch.stack([plan.pixel, plan.channel], 1), members.nonzero())
+    assert plan.ends == [int(members[:stop].sum()) for _, stop, _ in plan.cuts]
+    features = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    head, weight = nn.Conv2d(4, 3, 1).double(), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    inputs = [features, head.weight, head.bias]
+    for terms in (LOSSES["bce_dice"], LOSSES["focal"]):
+        ours = torch.autograd.grad(head_loss(features, head, targets, weight, terms), inputs)
+        theirs = torch.autograd.grad(dense_terms(features, head, targets, weight, terms), inputs)
+        assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
