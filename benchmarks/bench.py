@@ -37,7 +37,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    rounds=1, subject=(122, 101, 112), scans=((128, 128, 32),), steps=((128, 128),), epoch_steps=2, warm_steps=6,
+    rounds=1, subject=(98, 81, 90), scans=((128, 128, 32),), steps=((96, 96),), epoch_steps=2, warm_steps=6,
     minutes=0.25, phantoms=6, detail=0.5, growth=(1, 4), whole=False,
 )  # fmt: skip
 
