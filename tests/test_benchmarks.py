@@ -77,6 +77,15 @@ def test_a_side_without_an_end_is_stopped(tmp_path):
     assert taken["slow"].problem == "stopped after 1 s without an end"
 
 
+def test_a_side_finds_what_the_callers_path_holds(tmp_path, monkeypatch):
+    """Where peers are unpacked into a folder, nothing else says where they are."""
+    (tmp_path / "a_peer_from_a_folder.py").write_text("def nothing():\n    return lambda: None\n")
+    side = Side("side", "a_peer_from_a_folder:nothing")
+    assert "a_peer_from_a_folder" in take(side, rounds=1, tmp_path=tmp_path)["side"].problem
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert take(side, rounds=1, tmp_path=tmp_path)["side"].problem == ""
+
+
 def test_what_the_peers_environment_imports_needs_nothing_of_segkits():
     lacking = ("psutil", "isal", "joblib", "tyro", "plotly", "accelerate")
     modules = ("worker", "staging", "fetching", "training_step", "epoch", "predicting", "scoring", "starting")
