@@ -11,7 +11,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make coverage  all tests, and which lines of segkit/ they run"
 	@echo "make faults  kills, full disks, damaged and hostile files, counted: docs/reliability.md"
-	@echo "make bench   segkit beside its peers: docs/benchmarks.md (2.5 hours on two cores; QUICK=1: 5 minutes)"
+	@echo "make bench   segkit beside its peers: docs/benchmarks.md (once installed, on two cores, 2.5 hours; QUICK=1: 5 minutes)"
 	@echo "make lab     JupyterLab with the segkit kernel"
 	@echo "make check   versions, device, and what it is fast at"
 	@echo "make lint    ruff, and mypy on segkit/"
