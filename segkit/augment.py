@@ -1,8 +1,9 @@
 """From slices on their own grids to network input: one resampling for fit-to-shape and augmentation, then intensity.
 
 Fitting keeps the aspect ratio in mm, centres the slice and pads with air. Rotation, scale, shift and flip are composed
-with it into a single sampling grid, so that every pixel is interpolated once: the image linearly, and averaged over a
-target pixel's area where it shrinks, so that nothing aliases; the codes by nearest neighbour.
+with it into a single sampling grid, so that every pixel is interpolated once. Image and codes are reduced over the same
+area, that of a target pixel: the image is interpolated linearly and averaged where it shrinks, so that nothing aliases;
+of the codes the one that covers most of the area is taken.
 """
 
 from __future__ import annotations
@@ -83,13 +84,7 @@ def to_network(
     (`segkit.labels.mirrored_channels`) is needed where slices are mirrored: partners swap, a channel without partner
     counts as not annotated in that sample.
     """
-    hu = _fitted(batch, target_shape, variation)
-    coarse = sampling_grid(batch, target_shape, variation)
-    codes = batch.codes.float()
-    if codes.ndim == 3:
-        codes = _sample(codes[:, None], coarse, "nearest")[:, 0].long()
-    else:
-        codes = _sample(codes, coarse, "nearest").long()
+    hu, codes = _fitted(batch, target_shape, variation)
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
         hu = vary_intensity(hu, variation)
@@ -97,20 +92,83 @@ def to_network(
     return normalize(hu), Targets(codes, codebook, annotated, batch.counted)
 
 
-def _fitted(batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None) -> torch.Tensor:
-    """HU of the pixels of `target_shape`, float32 (B, P, H, W); of a slice the same whatever it shares a batch with."""
+def _fitted(
+    batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """HU of the pixels of `target_shape`, float32 (B, P, H, W), and their codes, int64 (B, H, W) or (B, D, H, W).
+
+    Of a slice the same whatever it shares a batch with.
+    """
     factors = shrinking(batch, target_shape)
     if len(set(factors)) > 1:
         hu = torch.empty(*batch.hu.shape[:2], *target_shape, device=batch.hu.device)
+        codes = torch.empty(*batch.codes.shape[:-2], *target_shape, dtype=torch.int64, device=batch.hu.device)
         for factor in set(factors):
             places = [place for place, own in enumerate(factors) if own == factor]
             some = None if variation is None else variation.at(places)
-            hu[places] = _fitted(batch.at(places), target_shape, some)
-        return hu
+            hu[places], codes[places] = _fitted(batch.at(places), target_shape, some)
+        return hu, codes
     shrink = factors[0]
-    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
-    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
-    return (F.avg_pool2d(hu, shrink) if shrink > 1 else hu) + AIR_HU
+    grid = sampling_grid(batch, target_shape, variation, shrink)
+    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), grid, "bilinear")
+    hu = (F.avg_pool2d(hu, shrink) if shrink > 1 else hu) + AIR_HU
+    codes = _majority(*_code_samples(batch, target_shape, variation, shrink, grid))
+    return hu, codes if batch.codes.ndim == 4 else codes[:, 0]
+
+
+def _code_samples(
+    batch: SliceBatch,
+    target_shape: tuple[int, int],
+    variation: Variation | None,
+    shrink: int,
+    grid: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, int]:
+    """The codes at samples of each pixel's area, float32 (B, D, n H, n W), and n, how many lie along a side.
+
+    Their number is even: then none lies in the middle of a pixel, where a tie between two source pixels could only be
+    broken to one side. `grid`: of `shrink` samples a side, where it was made before.
+    """
+    n = max(2, shrink)
+    if grid is None or n != shrink:
+        grid = sampling_grid(batch, target_shape, variation, n)
+    codes = batch.codes if batch.codes.ndim == 4 else batch.codes[:, None]
+    return _sample(codes.float(), grid, "nearest"), n
+
+
+def _majority(samples: torch.Tensor, n: int) -> torch.Tensor:
+    """The code that most of the n x n samples of each pixel have: (B, D, n H, n W) -> int64 (B, D, H, W).
+
+    Of codes that are equally frequent neighbouring pixels take the lowest and the highest in turns, as on a
+    chessboard: a rule that prefers one of them would move or grow every mask that ends in the middle of a pixel.
+    """
+    highest, lowest = F.max_pool2d(samples, n), -F.max_pool2d(-samples, n)
+    codes = highest.long()
+    place = (highest != lowest).nonzero(as_tuple=True)  # most pixels lie inside of one structure
+    rows, columns = codes.shape[-2:]
+    of_pixel = samples.view(*codes.shape[:2], rows, n, columns, n).transpose(3, 4)[place].flatten(1)
+    ordered = of_pixel.sort(1).values
+    frequency = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    most = frequency == frequency.amax(1, keepdim=True)
+    first, last = most.int().argmax(1), n * n - 1 - most.flip(1).int().argmax(1)
+    even = (place[2] + place[3]) % 2 == 0
+    codes[place] = ordered.gather(1, torch.where(even, first, last)[:, None])[:, 0].long()
+    return codes
+
+
+def area_fractions(batch: SliceBatch, target_shape: tuple[int, int], sample: int) -> torch.Tensor:
+    """Share of each pixel's area that each structure covers in slice `sample` of a batch: float32 (C, H, W), 0 to 1.
+
+    Fitted without variation, as the image is; channels as in the batch's codebook.
+    """
+    of_slice = batch.at([sample])
+    [shrink] = shrinking(of_slice, target_shape)
+    samples, n = _code_samples(of_slice, target_shape, None, shrink)
+    codes, codebook = samples[0, 0].long(), of_slice.codebook[0]
+    fractions = torch.zeros(codebook.shape[1], *target_shape, device=codes.device)
+    occurring = codebook[codes.unique()].any(0).nonzero().flatten()
+    for channel in occurring.tolist():  # one at a time: few of a hundred structures are in a slice
+        fractions[channel] = F.avg_pool2d(codebook[:, channel].float()[codes][None], n)[0]
+    return fractions
 
 
 def examples(
@@ -146,18 +204,32 @@ def pixel_mm(batch: SliceBatch, target_shape: tuple[int, int]) -> torch.Tensor:
 
 
 def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> list[int]:
-    """Of each slice, how many samples a side a target pixel needs to step over none of its source pixels (1 to 8)."""
-    factor = pixel_mm(batch, target_shape) / batch.spacing_mm.amin(1)
-    return (factor - 0.25).ceil().clamp(1, 8).int().tolist()
+    """Of each slice, how many samples a side a target pixel needs to step over none of its source pixels.
 
-
-def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variation | None = None) -> torch.Tensor:
-    """For each pixel of `shape` where it lies in the padded slices: (B, H, W, 2) as `grid_sample` takes it, (x, y).
-
-    `shape` covers the same area as the fitted target, whatever its resolution.
+    1, or an even number up to 8, with which codes can be sampled, too (`_code_samples`).
     """
-    device, size = batch.hu.device, pixel_mm(batch, shape)[:, None]
-    rows, columns = (torch.arange(n, device=device) + 0.5 - n / 2 for n in shape)  # pixels from the centre
+    factor = pixel_mm(batch, target_shape) / batch.spacing_mm.amin(1)
+    return [n + n % 2 if n > 1 else 1 for n in (factor - 0.25).ceil().clamp(1, 8).int().tolist()]
+
+
+TOWARDS_THE_MIDDLE = 1e-3
+"""By how much of their distance samples move to the middle of their pixel: one that would lie exactly between two
+source pixels is of the inner one, on either side, and not of the one that rounding or the last bit of a float says."""
+
+
+def sampling_grid(
+    batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None = None, samples: int = 1
+) -> torch.Tensor:
+    """Where the samples of each target pixel lie in the padded slices, `samples` along a side.
+
+    (B, samples * H, samples * W, 2) as `grid_sample` takes it, (x, y).
+    """
+    device, size = batch.hu.device, pixel_mm(batch, target_shape)[:, None]
+    offsets = ((torch.arange(samples, device=device) + 0.5) / samples - 0.5) * (1 - TOWARDS_THE_MIDDLE)
+    rows, columns = (  # in target pixels from the centre
+        (torch.arange(n, device=device)[:, None] + 0.5 - n / 2 + offsets).flatten() for n in target_shape
+    )
+    shape = (len(rows), len(columns))
     if variation is None:
         # each axis by itself: many times fewer numbers to compute, the same ones
         y, x = (
@@ -166,7 +238,7 @@ def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variatio
         )
         return torch.stack([x[:, None].expand(-1, shape[0], -1), y[:, :, None].expand(-1, -1, shape[1])], -1)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)  # (y, x)
-    place = (place + variation.shift.to(device)[:, None, None] * max(shape)) * size[:, :, None, None]
+    place = (place + variation.shift.to(device)[:, None, None] * max(target_shape)) * size[:, :, None, None]
     if variation.elastic_mm.any():
         points = variation.elastic_mm.to(device)
         place = place + F.interpolate(points, shape, mode="bicubic", align_corners=True).movedim(1, -1)

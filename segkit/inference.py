@@ -268,15 +268,17 @@ def _mean_thresholds(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...]:
 
 
 def round_trip(subject: StagedSubject, structures: tuple[str, ...], target_shape: tuple[int, int]) -> CodeVolume:
-    """The reference itself after going through `target_shape` and back: what the network's grid makes of it.
+    """The reference itself after going through `target_shape` and back: what is lost by resampling alone.
 
-    Its masks on the network's grid are brought back in the way of a prediction's logits, as 1 inside and 0 outside.
+    Of each pixel of the network's grid the share that a structure covers is brought back in the way of a prediction's
+    logits; the structure is where more than half is covered. This is no bound of what a network can reach: its logits
+    may tell more of where an edge lies in a pixel than the share does.
     """
     label_map = {name: channel for channel, name in enumerate(structures)}
     data = SliceDataset({subject.name: subject}, [Part(subject.name)], label_map)
     collector, limits = Collector(structures, subject.shape), torch.full((len(structures),), 0.5)
     for batch in batches(data, range(len(data)), 8):
-        masks, way = augment.to_network(batch, target_shape)[1].dense(), WayBack(batch, target_shape)
-        for z, planes in zip(batch.numbers.tolist(), masks, strict=True):
-            collector.add(z, planes, limits, way)
+        way = WayBack(batch, target_shape)
+        for sample, z in enumerate(batch.numbers.tolist()):
+            collector.add(z, augment.area_fractions(batch, target_shape, sample), limits, way)
     return collector.finish()[0]
