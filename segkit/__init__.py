@@ -70,6 +70,7 @@ Predictions and their scores
     cleaning.py        of each structure its largest piece
     inference.py       volume in, codes out; the mean of an ensemble
     evaluation.py      one tidy table: a row a subject and structure
+    intervals.py       means over subjects with their confidence intervals
     summaries.py       means that say what they are over, with intervals
     comparison.py      two models on the same cases
 

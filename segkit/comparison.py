@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from segkit.errors import SegkitError
+from segkit.intervals import macro_interval, mean_interval
 from segkit.labels import group_of
 from segkit.metrics import MEASURES
-from segkit.summaries import interval, over_structures, structure_means, values_of
+from segkit.summaries import values_of, within_limits
 
 ALL = "all structures"
 
@@ -20,9 +20,10 @@ def compare(tables: Mapping[str, pd.DataFrame], measure: str = "dice") -> pd.Dat
     """How much each further model differs from the first: name -> table of scores, in the order of comparison.
 
     A row a model and structure, and before them one for all structures. Columns: model, structure, group, first,
-    second (means of the first and of this model), difference (second less first), low, high (bootstrap 95 % over
-    subjects, both models on the same draws), n (subjects; of all structures: structures). What counts are cases that
-    the reference holds and that both models have a value for; others are left out with a warning that says how many.
+    second (means of the first and of this model), difference (second less first), low, high (95 % interval of the
+    paired differences, see `segkit.intervals`), n (subjects; of all structures: structures). What counts are cases
+    that the reference holds and that both models have a value for; others are left out with a warning that says how
+    many.
     Of a measure with a sign its size is compared: an error of -5 ml is as large as one of 5.
     Raises SegkitError for fewer than two tables, for another measure, for tables without a common case, of different
     references, or of surface Dice at different tolerances.
@@ -47,14 +48,16 @@ def _differences(first_name: str, first: pd.DataFrame, name: str, second: pd.Dat
     _warn_of_left_out({first_name: before, name: after}, measure, int(cases["present"].sum()), int(both.sum().sum()))
     before, after = before.where(both), after.where(both)
     difference = (after - before).to_numpy()
-    every = np.ones((1, len(before)))
+    most = MEASURES[measure].limits[1]  # neither can two values differ by more
     table = pd.DataFrame({"model": name, "structure": before.columns})
     table["group"] = [group_of(structure) for structure in before.columns]
-    table["first"], table["second"] = (structure_means(each.to_numpy(), every)[0] for each in (before, after))
-    table["difference"], table["low"], table["high"] = interval(difference, structure_means)
+    table["first"], table["second"] = before.mean().to_numpy(), after.mean().to_numpy()
+    table["difference"], table["low"], table["high"] = within_limits(mean_interval(difference), -most, most)
     table["n"] = both.sum().to_numpy()
-    means = [over_structures(each.to_numpy(), every)[0] for each in (before, after)]
-    overall = [name, ALL, "all", *means, *interval(difference, over_structures), int(both.any().sum())]
+    means = [each.mean().mean() for each in (before, after)]
+    overall = [
+        name, ALL, "all", *means, *within_limits(macro_interval(difference), -most, most), int(both.any().sum()),
+    ]  # fmt: skip
     held = table[table["n"] > 0].sort_values("difference", ascending=False)
     return pd.concat([pd.DataFrame([overall], columns=table.columns), held], ignore_index=True)
 

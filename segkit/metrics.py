@@ -155,6 +155,11 @@ class Measure:
     higher_is_better: bool = False  # else a model is better the nearer it is to 0
     signed: bool = False  # whether it may be below 0; others are from 0 to 1, or distances whose name ends in _mm
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest value that there can be."""
+        return (0.0, 1.0) if self.higher_is_better else (-np.inf if self.signed else 0.0, np.inf)
+
 
 MEASURES: Mapping[str, Measure] = {
     "dice": Measure("Dice", lambda cases: dice(cases["tp"], cases["fp"], cases["fn"]), higher_is_better=True),

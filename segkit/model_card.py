@@ -194,7 +194,7 @@ def score_section(path: Path, summary: Mapping) -> str:
         (
             f"On the scans' own grids: {said}",
             "",
-            f"Means on the {summary['split']} split, with bootstrap 95 % intervals over subjects; found means a Dice "
+            f"Means on the {summary['split']} split, with 95 % intervals over subjects; found means a Dice "
             f"of {found:g} or more, surface Dice is at {tolerance:g} mm.{_circumstances(threshold, own_data)}",
             "",
             "| score | over | mean | 95 % interval | structures | cases |",

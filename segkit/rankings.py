@@ -28,7 +28,7 @@ def plot_ranking(table: pd.DataFrame, split: str) -> Figure:
     """Every structure that a subject holds, ranked by mean Dice, with its interval.
 
     table: a row a structure with structure, group, dice and n (subjects that hold it), as `summaries.per_structure`
-    gives it; dice_low and dice_high, the ends of a 95 % bootstrap interval, are drawn where they are there and not NaN.
+    gives it; dice_low and dice_high, the ends of a 95 % interval, are drawn where they are there and not NaN.
     """
     ranked = table[table["dice"].notna()].sort_values("dice", ascending=False, kind="stable")
     if ranked.empty:

@@ -26,7 +26,7 @@ from segkit.styles import counted, save_figure
 CAPTIONS = {
     "metrics_distribution": "The cases (a subject and a structure that it holds), and a box a group.",
     "distance_distribution": "The distance in mm that 95 % of the surface stays within, where there is one.",
-    "structure_ranking": "Mean Dice over the subjects that hold a structure, with a bootstrap 95 % interval.",
+    "structure_ranking": "Mean Dice over the subjects that hold a structure, with a 95 % interval over subjects.",
     "success_rates": "The share of the cases that reach a Dice threshold.",
     "dice_by_volume": "Small structures lose more Dice to the same error at their surface.",
     "subject_overview": "Each subject's structures; missed ones and false alarms beside them.",
@@ -240,7 +240,7 @@ def write_comparison(table: pd.DataFrame, first: str, measure: str, output_dir: 
 MEANS_TEXT = (
     "Over structures: per structure the mean over the subjects that hold it, then over structures. Over cases: all "
     "pairs of subject and structure alike, false alarms with 0. Over subjects: per subject, then over subjects. "
-    "In brackets: bootstrap 95 % interval over subjects. n and cases are those of Dice; distances are of the cases in "
+    "In brackets: 95 % interval over subjects. n and cases are those of Dice; distances are of the cases in "
     "which both reference and prediction hold the structure."
 )
 

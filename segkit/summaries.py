@@ -1,13 +1,7 @@
-"""The table of scores -> means that say what they are over, of how many, and how sure they are.
-
-All intervals are percentile bootstraps over subjects (Efron 1979): subjects are drawn again with replacement, 2,000
-times with a fixed seed, and each mean is computed again; its 2.5th and 97.5th percentiles are `low` and `high`. Where
-one subject alone has a value there is nothing to draw, and they are NaN.
-"""
+"""The table of scores -> means that say what they are over, of how many, and how sure they are (`segkit.intervals`)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -15,11 +9,11 @@ import pandas as pd
 
 from segkit import metrics
 from segkit.errors import SegkitError
+from segkit.intervals import Interval, cases_interval, macro_interval, mean_interval, subjects_interval
 from segkit.labels import GROUPS, group_of
 from segkit.metrics import MEASURES
 
 PROTOCOLS = ("segkit", "totalsegmentator", "nnunet")
-RESAMPLES = 2000
 
 
 def aggregate(
@@ -27,7 +21,7 @@ def aggregate(
 ) -> pd.DataFrame:
     """Means over everything: a row a measure and what it is over.
 
-    Columns: measure, over, mean, low, high (bootstrap 95 %), n (how many of what it is over), cases (how many pairs of
+    Columns: measure, over, mean, low, high (95 % interval), n (how many of what it is over), cases (how many pairs of
     subject and structure went in). `over` is "structures" (per structure the mean over subjects, then over
     structures: with Dice the headline), "cases" (all pairs alike), "subjects" (per subject, then over subjects), and
     each anatomical group (as "structures", those of the group).
@@ -42,26 +36,34 @@ def aggregate(
     """
     rows = []
     for measure in measures:
-        for over, values, statistic in _means(scores, measure, protocol):
-            mean, low, high = interval(values, statistic)
+        for over, values, average in _means(scores, measure, protocol):
+            mean, low, high = within_limits(average(values), *MEASURES[measure].limits)
             cases = int((~np.isnan(values)).sum())
             rows.append((measure, over, mean, low, high, _number(over, values), cases))
     return pd.DataFrame(rows, columns=["measure", "over", "mean", "low", "high", "n", "cases"])
 
 
-def _means(scores: pd.DataFrame, measure: str, protocol: str) -> Iterable[tuple[str, np.ndarray, Callable]]:
+def within_limits(interval: Interval, least: float, most: float) -> Interval:
+    """Cut the ends of an interval to the values that there can be."""
+    mean, low, high = interval
+    return mean, np.clip(low, least, most), np.clip(high, least, most)
+
+
+def _means(
+    scores: pd.DataFrame, measure: str, protocol: str
+) -> Iterable[tuple[str, np.ndarray, Callable[[np.ndarray], Interval]]]:
     """What a measure is averaged over, its cases (subjects, structures) with NaN for none, and how."""
     either = values_of(scores, measure, scores["detection"] != "correctly absent")
     held = values_of(scores, measure, scores["present"])
     if protocol == "nnunet":
-        of_structures, of_cases, macro = either, either, _over_structures_strictly
+        of_structures, of_cases, macro = either, either, _strict_interval
     elif protocol in PROTOCOLS:
-        of_structures, of_cases, macro = held, held if protocol == "totalsegmentator" else either, over_structures
+        of_structures, of_cases, macro = held, held if protocol == "totalsegmentator" else either, macro_interval
     else:
         raise SegkitError(f"PROTOCOL = {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     yield "structures", of_structures.to_numpy(), macro
-    yield "cases", of_cases.to_numpy(), _over_cases
-    yield "subjects", of_structures.to_numpy(), _over_subjects
+    yield "cases", of_cases.to_numpy(), cases_interval
+    yield "subjects", of_structures.to_numpy(), subjects_interval
     groups = np.array([group_of(name) for name in of_structures.columns])
     for group in [group for group in GROUPS if (groups == group).any()]:
         yield group, of_structures.to_numpy()[:, groups == group], macro
@@ -80,52 +82,11 @@ def values_of(scores: pd.DataFrame, measure: str, counted: pd.Series) -> pd.Data
     return table.reindex(index=scores["subject"].unique(), columns=scores["structure"].unique()).astype(float)
 
 
-def interval(values: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple:
-    """A mean with the ends of its 95 % interval: three numbers, or three arrays where `statistic` gives several.
-
-    values: (subjects, structures), NaN for none. statistic: of the values and weights (R, subjects), which say how
-    often each subject counts, gives (R,), or (R, structures). Where fewer than two subjects have a value, the ends are
-    NaN.
-    """
-    subjects = len(values)
-    mean = statistic(values, np.ones((1, subjects)))[0]
-    there = ~np.isnan(values)
-    enough = (there.sum(0) if np.ndim(mean) else there.any(1).sum()) > 1
-    if not np.any(enough):
-        return mean, mean * np.nan, mean * np.nan
-    drawn = np.random.default_rng(0).multinomial(subjects, np.full(subjects, 1 / subjects), RESAMPLES).astype(float)
-    again = statistic(values, drawn)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what has no case at all stays NaN
-        ends = np.nanpercentile(again, (2.5, 97.5), axis=0)  # a draw without a case says nothing
-    low, high = np.where(enough, ends, np.nan)
-    return mean, low, high
-
-
-def structure_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean of each structure over weighted subjects: (subjects, structures), (R, subjects) -> (R, structures)."""
-    number = weights @ ~np.isnan(values)
-    return np.divide(weights @ np.nan_to_num(values), number, out=np.full(number.shape, np.nan), where=number > 0)
-
-
-def over_structures(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean over structures of their means over subjects: (R,)."""
-    return metrics.nan_mean(structure_means(values, weights), axis=1)[0]
-
-
-def _over_structures_strictly(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return structure_means(values, weights).mean(1)
-
-
-def _over_cases(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    # cases of a subject are drawn together: its sum and its number say all of them, whatever the draw
-    sums, numbers = np.nansum(values, axis=1), np.count_nonzero(~np.isnan(values), axis=1)
-    number = weights @ numbers
-    return np.divide(weights @ sums, number, out=np.full(number.shape, np.nan), where=number > 0)
-
-
-def _over_subjects(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return structure_means(metrics.nan_mean(values, axis=1)[0][:, None], weights)[:, 0]
+def _strict_interval(values: np.ndarray) -> Interval:
+    """As `macro_interval`, NaN where a structure has no case."""
+    if np.isnan(values).all(0).any():
+        return np.nan, np.nan, np.nan
+    return macro_interval(values)
 
 
 def _number(over: str, values: np.ndarray) -> int:
@@ -149,7 +110,8 @@ def per_structure(scores: pd.DataFrame) -> pd.DataFrame:
         if measure in ("dice", "nsd"):
             values = values_of(scores, measure, scores["present"])
             columns = [measure, f"{measure}_low", f"{measure}_high"]
-            for column, numbers in zip(columns, interval(values.to_numpy(), structure_means), strict=True):
+            found = within_limits(mean_interval(values.to_numpy()), *MEASURES[measure].limits)
+            for column, numbers in zip(columns, found, strict=True):
                 table[column] = pd.Series(numbers, values.columns)
         else:
             table[measure] = held[measure].mean()

@@ -1,7 +1,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,23 +95,11 @@ def test_without_a_case_there_is_no_mean_and_with_one_subject_no_interval():
 def test_what_one_of_several_subjects_holds_has_no_interval_either():
     table = summaries.per_structure(EXAMPLE).set_index("structure")
     assert table.loc["aorta", "dice"] == 0.6 and table.loc["aorta", ["dice_low", "dice_high"]].isna().all()
-    assert table.loc["liver", ["dice_low", "dice_high"]].tolist() == [0.5, 1.0]  # of two subjects: these two
+    assert table.loc["liver", ["dice_low", "dice_high"]].tolist() == [0, 1]  # two subjects say next to nothing
     groups = summaries.aggregate(EXAMPLE, ["dice"]).set_index("over")
     vessels = group_of("aorta")
     assert groups.loc[vessels, "mean"] == 0.6 and groups.loc[vessels, ["low", "high"]].isna().all()
     assert groups.loc["structures", ["low", "high"]].notna().all()
-
-
-def test_intervals_are_those_of_scipys_bootstrap():
-    random = np.random.default_rng(1)
-    dice = random.beta(5, 2, 40)
-    scores = table_of(*((f"s{k}", "liver", "+", value) for k, value in enumerate(dice)))
-    expected = scipy.stats.bootstrap(
-        (dice,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    summary, liver = summaries.summarize(scores), summaries.per_structure(scores).iloc[0]
-    for found in ((summary["macro_dice_low"], summary["macro_dice_high"]), (liver["dice_low"], liver["dice_high"])):
-        assert found == pytest.approx(tuple(expected), abs=0.004)
 
 
 @settings(max_examples=40, deadline=None)
@@ -140,18 +127,3 @@ def test_means_lie_in_their_intervals_and_order_does_not_matter(seed, subjects, 
     held = scores[scores["present"]]
     expected = held.groupby("structure")["dice"].mean().mean() if len(held) else None
     assert headline == (None if expected is None else pytest.approx(expected))
-
-
-def test_cases_are_drawn_with_their_subject():
-    """The same as with the weight of a subject written beside each of its cases."""
-    random = np.random.default_rng(0)
-    values = np.where(random.random((7, 5)) < 0.3, np.nan, random.random((7, 5)))
-    values[2] = np.nan
-    weights = random.integers(0, 3, (50, 7)).astype(float)
-    weights[0] = 0
-    expected = []
-    for draw in weights:
-        cases, weight = values.ravel(), np.repeat(draw, 5)
-        there = ~np.isnan(cases) & (weight > 0)
-        expected.append(np.average(cases[there], weights=weight[there]) if there.any() else np.nan)
-    assert summaries._over_cases(values, weights) == pytest.approx(expected, nan_ok=True)
