@@ -12,7 +12,8 @@ HEAD = """# Side by side with what people use instead
 their work in turns, each in a process of its own, with {threads} threads; seconds are medians of the rounds after one
 that warmed up, of one or two rounds where they take long; whole commands and trainings are not warmed up. *Times
 segkit*: above 1 segkit is faster, below 1 the other one. *Peak MB*: the most resident memory of the process, or of a
-command with those that it started. *Floor*: what physics asks for, or the best that anything could reach. A training of
+command with those that it started. *Floor*: what physics asks for; of scores what resampling
+alone leaves of the reference, which a network may beat. A training of
 a given time takes a number of steps that the time of its first ones suggests; *seconds* says how long it took.
 
 Each side computes in the precision that it takes by itself, and learns with its own loss. On a CPU that is fast in

@@ -39,7 +39,7 @@ def measure(bench: Bench, name: str) -> Table:
         rows.append(_row("textbook, as many slices", "peer", earlier(textbook)))
     for voter, score in run.voters().items():
         rows.append(Row(voter, "peer", score=score))
-    rows.append(Row("the reference itself through segkit's input size", "floor", score=run.ceiling()))
+    rows.append(Row("the reference, resampled to segkit's input size and back", "floor", score=run.resampled()))
     title = "unseen phantoms" if name == "phantoms" else "slabs left out of one scan"
     return Table(f"quality_{name}", f"Quality, {title}", _what(bench, name), rows, _notes(name, peer))
 
@@ -145,7 +145,7 @@ class _Trainings:
 
         return self.bench.store.once(f"quality_{self.name}_voters", work, code_of(HERE / "voting.py"))
 
-    def ceiling(self) -> float:
+    def resampled(self) -> float:
         def work() -> float:
             from segkit import evaluation, summaries
 
@@ -155,7 +155,7 @@ class _Trainings:
             )
             return summaries.summarize(table.scores)["macro_dice"]
 
-        return self.bench.store.once(f"quality_{self.name}_ceiling", work, [SEGKIT])
+        return self.bench.store.once(f"quality_{self.name}_resampled", work, [SEGKIT])
 
     def _data(self) -> Data:
         return self.bench.open(Path(self.parameters["data_dir"]))

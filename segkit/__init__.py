@@ -48,6 +48,7 @@ Networks and losses
 
 Measures
     metrics.py         counts -> Dice, IoU, success rate, detection
+    calibration.py     outputs of a network -> probabilities that mean what they say
     surface.py         surface distances in mm: HD95, ASSD, surface Dice
     confusion.py       which structure's voxels were called what
 
@@ -69,6 +70,7 @@ Predictions and their scores
     segmenting.py      planes on the network's grid -> codes on a scan's own pixels
     cleaning.py        of each structure its largest piece
     inference.py       volume in, codes out; the mean of an ensemble
+    reliability.py     whether probabilities mean what they say
     evaluation.py      one tidy table: a row a subject and structure
     intervals.py       means over subjects with their confidence intervals
     summaries.py       means that say what they are over, with intervals

@@ -199,7 +199,7 @@ def evaluate(
         max_subjects: at most so many of the test subjects.
         device: cpu, cuda, cuda:1 or mps; the best there is by default.
     """
-    from segkit import evaluation, report
+    from segkit import evaluation, reliability, report
     from segkit.checkpoints import load_checkpoints
     from segkit.dataset import open_run
     from segkit.inference import Predictor
@@ -212,9 +212,10 @@ def evaluate(
     predictor = Predictor.of(loaded, threshold, batch_size, device)
     kept, parts, split = output_dir / "predictions", data.split.test, data.split.test_name
     evaluated = evaluation.evaluate(predictor, data.staged, parts, split, kept, scoring)
-    bound = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape, scoring)
+    through = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape, scoring)
     results = report.Report(evaluated, data, output_dir, kept)
-    files = results.everything(bound, [one.path for one in loaded], threshold)
+    said = reliability.measure_reliability(predictor, data.staged, parts)
+    files = results.everything(through, [one.path for one in loaded], said, threshold)
     print(*files, report.headline(results.outcome), sep="\n")
 
 

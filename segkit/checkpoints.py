@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segkit.calibration import Calibration
 from segkit.errors import SegkitError
 from segkit.labels import check_label_map
 from segkit.networks import build_network
@@ -73,9 +74,24 @@ class Checkpoint:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """The probability of each channel above which its structure is, from validation; 0.5 where none was scored."""
+        """The output of each channel, 0 to 1, above which its structure is: from validation; 0.5 where none was scored.
+
+        Outputs are no probabilities: `calibration` makes them.
+        """
         chosen = self.scores.get("thresholds")
         return tuple(chosen) if chosen else (0.5,) * len(self.label_map)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How probabilities follow from outputs, from validation; None where nothing was scored, and in older files."""
+        content = self.scores.get("calibration")
+        return None if content is None else Calibration.from_json(content, len(self.label_map))
+
+    @property
+    def flipped(self) -> bool:
+        """Whether it was trained on slices that were mirrored left to right, too."""
+        augmentation = self.settings.get("augmentation")
+        return isinstance(augmentation, dict) and augmentation.get("flip_left_right") is True
 
 
 def save_checkpoint(
@@ -138,6 +154,11 @@ def load_checkpoint(path: str | Path, label_map: Mapping[str, int] | None = None
     usable = isinstance(chosen, list) and all(isinstance(value, float) and 0 < value < 1 for value in chosen)
     if not usable or len(chosen) != len(own_map):
         raise SegkitError(f"{path}: damaged checkpoint: expected a threshold for each of {len(own_map)} structures")
+    try:
+        if content["scores"].get("calibration") is not None:
+            Calibration.from_json(content["scores"]["calibration"], len(own_map))
+    except ValueError as error:
+        raise SegkitError(f"{path}: damaged checkpoint: calibration: {error}") from error
     try:
         check_target_shape(content["settings"].get("target_shape"), 1)
     except SegkitError as error:

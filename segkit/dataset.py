@@ -16,7 +16,7 @@ from segkit.labels import group_of, load_label_map, make_label_map
 from segkit.locks import alone
 from segkit.phantom import write_phantoms
 from segkit.runs import discard, left_behind, lock_of, make_folder, write_whole_folder
-from segkit.seen import Learned, RunSplit, learned_by, read_split, without_seen
+from segkit.seen import Learned, RunSplit, learned_by, read_split, without_copies, without_seen, without_seen_by_name
 from segkit.splits import SPLITS, Part, Split, make_split
 from segkit.staging import StagedSubject, stage, structures_in
 from segkit.subjects import find_subjects, select_subjects
@@ -80,7 +80,12 @@ class Data:
 
     def learned(self) -> Learned:
         """What is to be known later of a training on these data."""
-        return Learned({name: subject.info["ct_bytes"] for name, subject in self.staged.items()}, self.split)
+        used = dict.fromkeys(part.subject for part in (*self.split.train, *self.split.val))
+        return Learned(
+            {name: subject.info["ct_bytes"] for name, subject in self.staged.items()},
+            self.split,
+            {name: self.staged[name].checksums for name in used},
+        )
 
     def test_part(self, subject: str | None = None) -> Part:
         """What the test takes of `subject`, of the first test subject by default. SegkitError if it is not one."""
@@ -146,12 +151,13 @@ def open_data(
     by_name = {subject.name: subject for subject in staged}
     given = {subject.name: subject.split for subject in chosen if subject.split}
     split = make_split({subject.name: subject.shape[0] for subject in staged}, given, seed)
+    split, twice = without_copies(split, {subject.name: subject.checksums for subject in staged})
     learnable = structures_in([by_name[part.subject] for part in split.train])
     not_learnable = sorted(set(structures_in(staged)) - set(learnable))
     if not_learnable:
         text = f"no training subject annotates {', '.join(not_learnable)}: they cannot be learned"
         left_out.append(Finding("", "warning", "not learnable", text))
-    return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out)
+    return Data(Path(data_dir), by_name, split, make_label_map(learnable, structures), problems + left_out + twice)
 
 
 class Judged(Protocol):
@@ -204,7 +210,7 @@ def open_run(
         split = Split((), (), tuple(Part(name) for name in test), f"another data set than trained on: {folder}")
     source = (run if model is None else model.path.parent) / "split.json"
     learned = of_run.learned if model is None else learned_by(source)
-    split, seen = without_seen(split, ct_bytes, learned, source)
+    split, seen = without_seen_by_name(split, ct_bytes, learned, source)
     split = replace(split, test=split.test[:max_subjects])
     names = {part.subject for part in split.test}
     tested = [subject for subject in subjects if subject.name in names]
@@ -214,7 +220,10 @@ def open_run(
     staged, left_out = stage(tested, stage_dir, jobs, progress)
     by_name = {subject.name: subject for subject in staged}
     split = replace(split, test=tuple(part for part in split.test if part.subject in by_name))
-    return Data(folder, by_name, split, label_map, problems + seen + left_out)
+    checksums = {subject.name: subject.checksums for subject in staged}
+    split, seen_content = without_seen(split, checksums, learned, source)
+    by_name = {part.subject: by_name[part.subject] for part in split.test}
+    return Data(folder, by_name, split, label_map, problems + seen + left_out + seen_content)
 
 
 def _there(path: Path) -> Path:

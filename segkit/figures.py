@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from segkit.calibration import Reliability
 from segkit.errors import SegkitError
 from segkit.metrics import MEASURES, SUCCESS_THRESHOLDS, nan_mean
 from segkit.styles import (
@@ -203,6 +204,31 @@ def plot_success_rates(scores: pd.DataFrame, split: str, thresholds: Sequence[fl
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3.5)
     axes.grid(alpha=0.3)
     return figure
+
+
+def plot_reliability(reliability: Mapping[str, Reliability], split: str) -> Figure:
+    """How often a pixel is inside over what was said of it, a curve each; below, of how many pixels that was said."""
+    figure, (axes, counts) = plt.subplots(
+        2, 1, figsize=(6.4, 6.4), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    axes.plot([0, 1], [0, 1], color="#999999", lw=1, ls=":")
+    for (name, found), (color, marker) in zip(reliability.items(), ((ORANGE, "s"), (BLUE, "o")), strict=True):
+        label = f"{SAID[name]}: expected calibration error {found.expected_error:.3f}"
+        axes.plot(found.said, found.inside, color=color, marker=marker, ms=5, lw=1.6, label=label)
+        counts.stairs(found.number, found.edges, color=color, lw=1.6)
+    axes.set(ylabel="share that is inside", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"Reliability, {split} split (dotted: what is said is so)", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    counts.set(xlabel="said probability that a pixel is inside of a structure", ylabel="pixels")
+    if any(found.number.any() for found in reliability.values()):
+        counts.set_yscale("log")
+    for each in (axes, counts):
+        each.grid(alpha=0.3)
+    return figure
+
+
+SAID = {"output": "the network's output", "probability": "calibrated"}
+"""What each curve of `plot_reliability` is called."""
 
 
 def plot_volume(scores: pd.DataFrame, split: str) -> Figure:

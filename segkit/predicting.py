@@ -68,10 +68,12 @@ def predict_scans(
     A scan's folder appears with all of its files or not at all; memory is that of one scan, if the caller keeps no
     Outcome. A scan that cannot be read, or not be written in a format, is an Outcome without files. With `resume` those
     whose folder is there are left out. Raises SegkitError before the first scan for a format that there is not or that
-    its kind cannot have, and where a scan's folder holds files; at a scan that another process segments into the same
-    folder, and where there is no room.
+    its kind cannot have, for `mirror` with a model that was trained without mirrored slices, and where a scan's folder
+    holds files; at a scan that another process segments into the same folder, and where there is no room.
     """
     exports.check_formats(formats, sources, predictor.structures)
+    if choices.mirror:
+        predictor.check_mirror()
     folders = {source.name: Path(folder) / source.name for source in sources}
     done = [there for there in folders.values() if _is_done(there)]
     if done and not resume:

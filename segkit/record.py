@@ -62,13 +62,13 @@ def git_state(folder: Path, parts: Sequence[str] = ()) -> dict | None:
 
 
 def data_fingerprint(data: Data) -> str:
-    """SHA-256 over what was staged: the split, the channels, and of each subject its grid and voxels per structure.
+    """SHA-256 over what was staged: the split, the channels, and of each subject its grid, its CT and its labels.
 
-    The same for the same files wherever they lie and whenever they were copied; another one when a mask, a grid, the
-    choice of subjects, their split or their structures change. A CT that changes alone shows by its file's size.
+    The same for the same content wherever files lie and whenever they were copied; another one when a voxel of a CT or
+    a mask, a grid, the choice of subjects, their split or their structures change.
     """
     subjects = {
-        name: [list(subject.shape), subject.grid.affine.tolist(), subject.voxels, subject.info["ct_bytes"]]
+        name: [list(subject.shape), subject.grid.affine.tolist(), subject.contents()]
         for name, subject in data.staged.items()
     }
     parts = {split: parts for split, parts in data.split.to_json().items() if split != "source"}

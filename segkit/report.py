@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from segkit import cases, evaluation, figures, meshes, pages, pictures, rankings, summaries
+from segkit.calibration import Reliability
 from segkit.codes import CodeVolume
 from segkit.confusion import worst_pairs
 from segkit.dataset import Data
@@ -31,6 +32,7 @@ CAPTIONS = {
     "dice_by_volume": "Small structures lose more Dice to the same error at their surface.",
     "subject_overview": "Each subject's structures; missed ones and false alarms beside them.",
     "confusion": "Whose voxels were called what, in per cent of the structure's volume in the reference.",
+    "reliability": "How often a pixel is inside where the model says with which probability it is.",
     "best_median_worst": "The lowest, the middle and the highest Dice of all cases.",
     "segmentation_visualization": "Ground truth, prediction and where they differ.",
 }
@@ -63,7 +65,7 @@ class Report:
         """`evaluation_confusion_<stamp>.csv`: a row a pair of structures that were confused, over all subjects."""
         return self._write_csv("evaluation_confusion", worst_pairs(self.evaluated.confusion, self.evaluated.scores))
 
-    def summary(self, upper_bound: Evaluation, checkpoints: Sequence[Path], threshold: float | None = None) -> dict:
+    def summary(self, round_trip: Evaluation, checkpoints: Sequence[Path], threshold: float | None = None) -> dict:
         """`evaluation_summary_<stamp>.json`: the headline, the same for the reference through TARGET_SHAPE, all means.
 
         `means`: of each protocol of `summaries.aggregate` its rows; None where there is no value. threshold: what the
@@ -80,7 +82,7 @@ class Report:
             "found_at_dice": float(scores["found_at_dice"].iloc[0]),
             "nsd_tolerance_mm": float(scores["nsd_tolerance_mm"].iloc[0]),
             "prediction": summaries.summarize(scores),
-            "reference_through_target_shape": summaries.summarize(upper_bound.scores),
+            "reference_through_target_shape": summaries.summarize(round_trip.scores),
             "means": {
                 protocol: _records(summaries.aggregate(scores, protocol=protocol)) for protocol in summaries.PROTOCOLS
             },
@@ -118,6 +120,10 @@ class Report:
         """`confusion_<stamp>.png`."""
         pairs = worst_pairs(self.evaluated.confusion, self.evaluated.scores)
         return self._save("confusion", rankings.plot_confusion(pairs, self.split))
+
+    def reliability(self, reliability: Mapping[str, Reliability]) -> Figure:
+        """`reliability_<stamp>.png`, of `reliability.measure_reliability`."""
+        return self._save("reliability", figures.plot_reliability(reliability, self.split))
 
     def cases(self) -> Figure:
         """`best_median_worst_<stamp>.png`: of all cases the worst, the median and the best, at their largest slice."""
@@ -186,12 +192,17 @@ class Report:
         return self._keep(write_report_page(path, f"Evaluation {self.stamp}, {self.split} split", lead, tables))
 
     def everything(
-        self, upper_bound: Evaluation, checkpoints: Sequence[Path], threshold: float | None = None
+        self,
+        round_trip: Evaluation,
+        checkpoints: Sequence[Path],
+        reliability: Mapping[str, Reliability],
+        threshold: float | None = None,
     ) -> list[Path]:
-        """All files, the report last; arguments as those of `summary`."""
+        """All files, the report last; arguments as those of `summary` and `reliability`."""
         self.table()
         self.confusion_table()
-        self.summary(upper_bound, checkpoints, threshold)
+        self.summary(round_trip, checkpoints, threshold)
+        self.reliability(reliability)
         for draw in (
             self.ranking, self.distribution, self.distances, self.success, self.volume, self.subjects, self.confusion,
             self.cases, self.visualization, self.page, self.report,
@@ -276,16 +287,16 @@ def _records(table: pd.DataFrame) -> list[dict]:
 
 def headline(summary: Mapping) -> str:
     """The headline score in one sentence, from `Report.summary`."""
-    scores, bound = summary["prediction"], summary["reference_through_target_shape"]
-    of_scores, of_bound = (
-        "no score" if each["macro_dice"] is None else f"{each['macro_dice']:.3f}" for each in (scores, bound)
+    scores, through = summary["prediction"], summary["reference_through_target_shape"]
+    of_scores, of_reference = (
+        "no score" if each["macro_dice"] is None else f"{each['macro_dice']:.3f}" for each in (scores, through)
     )
     low, high = scores["macro_dice_low"], scores["macro_dice_high"]
     sure = "" if low is None else f" (95 % interval {low:.3f} to {high:.3f})"
     return (
         f"macro Dice {of_scores}{sure} over {counted(scores['structures'], 'structure')} of "
-        f"{counted(scores['subjects'], 'subject')} ({summary['split']} split); the reference itself, through "
-        f"TARGET_SHAPE and back: {of_bound}. "
+        f"{counted(scores['subjects'], 'subject')} ({summary['split']} split); the reference itself, resampled "
+        f"to TARGET_SHAPE and back: {of_reference}. "
         f"{scores['found']} cases found, {scores['missed']} missed, {scores['false_alarms']} false alarms, "
         f"{scores['correctly_absent']} correctly absent."
     )

@@ -38,6 +38,7 @@ RUN_FILES = (
     "dice_by_volume_*.png",
     "subject_overview_*.png",
     "confusion_*.png",
+    "reliability_*.png",
     "best_median_worst_*.png",
     "comparison_*",
     "report_*.html",

@@ -7,9 +7,8 @@ planes of the structures that occur in it, and of each only the part around wher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,16 +125,13 @@ class Collector:
         return self._writer.finish(self._codes, self._voxels), self._best
 
 
-def mean_of(
-    planes: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> torch.Tensor:
-    """The mean of planes of any floating type and one shape, float32; of each after `change`, which works in place."""
-    total: Any = None
-    for each in planes:
-        if change is not None or total is None:
-            each = each.to(torch.float32, copy=True)
-            each = each if change is None else change(each)
-        total = each if total is None else total.add_(each)  # one of fewer bits needs no copy of more
+def mean_of(planes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of planes of any floating type and one shape, float32; a single one as it is, in its own type."""
+    if len(planes) == 1:
+        return planes[0]
+    total = planes[0].to(torch.float32, copy=True)
+    for each in planes[1:]:
+        total.add_(each)  # one of fewer bits needs no copy of more
     return total.div_(len(planes))
 
 

@@ -9,6 +9,7 @@ codebook of another.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,16 @@ class StagedSubject:
     def voxels(self) -> dict[str, int]:
         """Voxels of each annotated structure."""
         return self.info["voxels"]
+
+    @property
+    def checksums(self) -> list[int]:
+        """CRC-32 of the HU of each slice: what a scan is known again by, whatever it is called."""
+        return self.info["crc32"]["ct"]
+
+    def contents(self) -> dict[str, str]:
+        """SHA-256 of the CT ("ct") and of the labels with their names ("labels"), the same wherever the files lie."""
+        parts = {"ct": self.checksums, "labels": [self.info["crc32"]["codes"], self.structures, self.info["codebook"]]}
+        return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
     def hu(self, z: int | slice = slice(None)) -> np.ndarray:
         """HU of one axial slice (y, x) or of several (z, y, x), int16. SegkitError for a damaged store."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from segkit.calibration import Calibration
 from segkit.dataset import Data
 from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
@@ -50,6 +51,7 @@ class Trainer:
         self.seconds = 0.0  # that it took before this process
         self.started = time.monotonic()
         self.thresholds: tuple[float, ...] = ()  # of each channel, from the last validation
+        self.calibration: Calibration | None = None  # from the same
 
     def state(self) -> TrainingState:
         """All that is needed to go on."""
@@ -63,8 +65,15 @@ class Trainer:
             seen=self.seen,
             seconds=time.monotonic() - self.started,
             thresholds=list(self.thresholds),
+            calibration=None if self.calibration is None else self.calibration.to_json(),
             learner=self.learner.state(),
+            contents=self._contents(),
         )
+
+    def _contents(self) -> dict[str, dict[str, str]]:
+        """What each subject that is trained on or validates holds."""
+        split = self.data.split
+        return {part.subject: self.data.staged[part.subject].contents() for part in (*split.train, *split.val)}
 
     def restore(self, state: TrainingState, path: Path) -> None:
         """Go on from a state. SegkitError that says in what it differs where it is not of this training."""
@@ -77,6 +86,22 @@ class Trainer:
             raise SegkitError(
                 f"{path}: cannot be resumed, these differ: {what}; set them as they were, or RESUME = False"
             )
+        if state.contents is None:
+            if self.ranks.first:
+                print(f"{path}: from an earlier version: whether the data are those that it began with is not known")
+        elif state.contents != (own := self._contents()):
+            texts = {"ct": "the CT", "labels": "the labels"}
+            changes = [
+                f"{texts[kind]} of {subject}"
+                for subject in own
+                for kind in texts
+                if state.contents.get(subject, {}).get(kind) != own[subject][kind]
+            ]
+            raise SegkitError(
+                f"{path}: cannot be resumed, the data have changed since: {', '.join(changes[:6])}"
+                f"{f' and {len(changes) - 6} more' if changes[6:] else ''}; put the files back as they were, or set "
+                "RESUME = False (INIT_CHECKPOINT then starts from what was learned)"
+            )
         try:
             self.learner.restore(**state.learner)
         except Exception as error:  # torch raises many kinds for what does not fit
@@ -84,6 +109,8 @@ class Trainer:
             raise SegkitError(f"{path}: damaged state of a training ({reason}); set RESUME = False") from error
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
+        if state.calibration is not None:
+            self.calibration = Calibration(*map(tuple, state.calibration.values()))
         started = state.settings.get("init_checkpoint")
         asked = self.settings.init_checkpoint
         if asked is not None and str(asked) != str(started) and self.ranks.first:
@@ -116,7 +143,7 @@ class Trainer:
             **as_row(validation, self.data.label_map),
             "seconds": round(time.monotonic() - self.started, 2),
         }
-        self.thresholds = validation.thresholds
+        self.thresholds, self.calibration = validation.thresholds, validation.calibration
         self.history, self.place, self.seen, self.seconds = [*self.history, row], 0, [], 0.0
         self.started = time.monotonic()
 

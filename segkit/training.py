@@ -26,10 +26,11 @@ from segkit.runs import (
     write_json,
 )
 from segkit.schedule import should_stop
-from segkit.seen import Learned, RunSplit, learned_by, without_seen
+from segkit.seen import Learned, RunSplit, learned_by, without_seen, without_seen_by_name
 from segkit.settings import TrainSettings
 from segkit.trainer import Trainer
 from segkit.training_state import load_state, save_state
+from segkit.validation import THRESHOLDS
 
 STATE_FILE = "last_state.pth"
 UNSCORED: Mapping = {
@@ -126,6 +127,9 @@ def _train(
                     done = len(trainer.history)
                     left = (time.monotonic() - started) / (done - done_before) * (settings.epochs - done)
                     print(epoch_line(trainer.history[-1], settings.epochs, left), flush=True)
+                    edge = at_an_edge(trainer.history[-1]["val_threshold"])
+                    if edge is not None:
+                        print(edge, flush=True)
                 if on_epoch is not None and ranks.first:
                     on_epoch(History(trainer.history))
             # a stop may have been asked for when no step came any more that would have looked
@@ -146,7 +150,7 @@ def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
     What INIT_CHECKPOINT has seen of the test is printed. Raises SegkitError where the older run is being evaluated.
     """
     own = data.learned()
-    earlier = _seen_before(own, settings)  # before they move away: INIT_CHECKPOINT may be of the older run
+    earlier = _seen_before(data, settings)  # before they move away: INIT_CHECKPOINT may be of the older run
     taken = f"{folder}: another process is evaluating the run in it; wait until it ends, or choose another OUTPUT_DIR"
     with alone(folder / PREDICTIONS_LOCK, taken):
         start_run(folder)
@@ -154,15 +158,17 @@ def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
     write_json(folder / "split.json", RunSplit(data.folder.resolve(), own, earlier).to_json())
 
 
-def _seen_before(own: Learned, settings: TrainSettings) -> tuple[Learned | None, ...]:
+def _seen_before(data: Data, settings: TrainSettings) -> tuple[Learned | None, ...]:
     """The trainings behind the weights of INIT_CHECKPOINT; what they have seen of the new one's test is printed."""
     if settings.init_checkpoint is None:
         return ()
     path = find_only_checkpoint(settings.init_checkpoint).parent / "split.json"
     earlier = learned_by(path, "move it away if it cannot be mended: it says what INIT_CHECKPOINT was trained on")
     try:
-        _, findings = without_seen(own.split, own.ct_bytes, earlier, path)
-        said = [*map(str, findings)]
+        split, by_name = without_seen_by_name(data.split, data.learned().ct_bytes, earlier, path)
+        checksums = {name: subject.checksums for name, subject in data.staged.items()}
+        _, by_content = without_seen(split, checksums, earlier, path)
+        said = [*map(str, by_name + by_content)]
     except SegkitError as error:
         said = [str(error)]
     for text in said:
@@ -178,6 +184,17 @@ def epoch_line(row: dict, epochs: int, seconds_left: float) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, {dice}, "
         f"{row['seconds']:.0f} s, {seconds_left / 60:.1f} min left"
+    )
+
+
+def at_an_edge(threshold: float) -> str | None:
+    """What to say where the best of all thresholds that were tried is the first or the last; None elsewhere."""
+    if THRESHOLDS[0] < threshold < THRESHOLDS[-1]:
+        return None
+    end = "lowest" if threshold <= THRESHOLDS[0] else "highest"
+    return (
+        f"the best threshold, {threshold:.3f}, is the {end} that is tried: one further out may score better. After the "
+        "first epochs this is usual; where it stays so, look at LOSS and POSITIVE_WEIGHT_CAP"
     )
 
 
@@ -215,7 +232,11 @@ class _RunFiles:
             trainer.data.label_map,
             asdict(trainer.settings),
             row["epoch"],
-            {**scores, "thresholds": list(trainer.thresholds)},
+            {
+                **scores,
+                "thresholds": list(trainer.thresholds),
+                "calibration": None if trainer.calibration is None else trainer.calibration.to_json(),
+            },
             self.record,
         )
         content = {"epochs": history, "validation": "target grid, val split", "record": self.record}

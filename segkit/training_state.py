@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
+from segkit.calibration import Calibration
 from segkit.checkpoints import FORMAT, is_score, read_content, refuse_not_finite
 from segkit.errors import SegkitError
 from segkit.runs import write_whole
@@ -33,6 +34,8 @@ class TrainingState:
     seconds: float  # that it took so far
     thresholds: list[float]  # of each channel, from the last validation
     learner: dict  # of `steps.Learner.state`: weights, optimiser, gradient scaler
+    calibration: dict | None = None  # of `Calibration.to_json`, from the last validation
+    contents: dict | None = None  # what each subject held, see `staging.content_of`; None in older files
 
 
 def save_state(path: Path, state: TrainingState) -> Path:
@@ -46,7 +49,8 @@ def load_state(path: Path) -> TrainingState:
     """Read a state without executing anything in it. Raises SegkitError that names the file if it cannot be used."""
     content = read_content(path, "state of a training")
     try:
-        state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState)})
+        state = TrainingState(**{f.name: content[f.name] for f in fields(TrainingState) if f.name in _TYPES})
+        state = replace(state, calibration=content.get("calibration"), contents=content.get("contents"))
     except KeyError as error:
         raise SegkitError(f"{path}: no state of a training: {error} is missing; set RESUME = False") from None
     wrong = _wrong_in_state(state)
@@ -67,11 +71,25 @@ def _wrong_in_state(state: TrainingState) -> str | None:
     for number, row in enumerate(state.history, start=1):
         if not isinstance(row, dict) or row.get("epoch") != number or not is_score(row.get("val_dice", "")):
             return "a history that is none"
-    if state.learner.keys() != {"model", "optimizer", "scaler", "parts"}:
+    if state.calibration is not None:
+        try:
+            Calibration.from_json(state.calibration, len(state.label_map))
+        except ValueError as error:
+            return f"calibration: {error}"
+    if state.contents is not None and not (
+        isinstance(state.contents, dict) and all(isinstance(each, dict) for each in state.contents.values())
+    ):
+        return "contents of subjects that are none"
+    return _wrong_in_learner(state.learner)
+
+
+def _wrong_in_learner(learner: dict) -> str | None:
+    """What in a learner's state from a file cannot be; None where all can."""
+    if learner.keys() != {"model", "optimizer", "scaler", "parts"}:
         return "parts of the network or the optimiser are missing"
-    if type(state.learner["parts"]) is not int or not isinstance(state.learner["model"], dict):
+    if type(learner["parts"]) is not int or not isinstance(learner["model"], dict):
         return "weights that are none"
-    if not all(isinstance(tensor, torch.Tensor) for tensor in state.learner["model"].values()):
+    if not all(isinstance(tensor, torch.Tensor) for tensor in learner["model"].values()):
         return "weights that are none"
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_in(state.learner))
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_in(learner))
     return None if finite else "weights that are not finite"

@@ -1,8 +1,8 @@
-"""Scores during training: loss, macro Dice on the network's grid, and the thresholds at which it is highest."""
+"""Scores during training: loss, macro Dice on the network's grid, and the thresholds and probabilities that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,26 +12,46 @@ from scipy.special import expit, logit
 from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
+from segkit.calibration import Calibration, fit_calibration
 from segkit.chunks import code_members
 from segkit.devices import autocast
 from segkit.errors import DivergedError
+from segkit.labels import group_of
 from segkit.losses import ModelWithLoss
 from segkit.memory import in_parts
 from segkit.ranks import Ranks
 from segkit.slices import SliceBatch, SliceDataset, Targets, batches
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+STEP = 0.25
+LEVELS = np.arange(-8, 8 + STEP, STEP)
+"""Logits between which pixels are counted, int64 counts a subject and structure."""
+
+LOWEST, HIGHEST = -4.0, 4.0
+"""Logits of the thresholds that are tried, every STEP: outputs of 0.018 and 0.982. Without positive weights the best
+lies far below 0.5, with them above it."""
+
+THRESHOLDS = tuple(expit(LEVELS[(LEVELS >= LOWEST) & (LEVELS <= HIGHEST)]).tolist())
+
+OTHERS = 2.0
+"""As how many subjects a group counts in the threshold of a structure, and as how many structures all in a group's."""
+
+FEW_PIXELS = 100.0
+"""A structure of so many pixels in all validation slices has half of the say that its subjects would give it."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """loss as in training; dice at the probability `threshold` that gave the highest, NaN if nothing is annotated."""
+    """Loss as in training; dice at the `threshold` that gave the highest, NaN if nothing is annotated.
+
+    Thresholds are of the network's own output, the sigmoid of a logit, which is no calibrated probability.
+    """
 
     loss: float
     dice: float
     structures: int  # that a validation subject holds: what `dice` is the mean of
     threshold: float
     thresholds: tuple[float, ...]  # of each channel, see `choose_thresholds`
+    calibration: Calibration
     dice_of: tuple[float, ...]  # of each channel, at `threshold`; NaN where no validation subject holds it
 
 
@@ -59,8 +79,9 @@ def validate(
     order = np.linspace(0, len(data) - 1, min(slices or len(data), len(data))).round().astype(int).tolist()
     ranks = ranks or Ranks(device)
     subjects = {subject: place for place, subject in enumerate(dict.fromkeys(data.where[i][0] for i in order))}
-    counts = torch.zeros(len(THRESHOLDS), len(subjects), 3, len(data.label_map), dtype=torch.int64, device=device)
+    counts = torch.zeros(len(LEVELS), len(subjects), 3, len(data.label_map), dtype=torch.int64, device=device)
     wrong = torch.zeros(len(order), dtype=torch.int64)  # where in `order` the loss was no number
+    annotated = torch.zeros(len(data.label_map), dtype=torch.int64)  # pixels
     loss = torch.zeros(2, dtype=torch.float64)  # summed over annotated (sample, channel, pixel), and their number
     model.eval()
     loader = batches(data, order, max(1, batch_size // data.depth), workers, share=ranks.share_whole, device=device)
@@ -70,6 +91,8 @@ def validate(
         for part, mean, size, of_slices in scored:
             loss += torch.tensor([mean * size, size], dtype=torch.float64)
             wrong[part.numbers] = int(not np.isfinite(mean))
+            slices_of = part.counted.sum(1, keepdim=True)
+            annotated += (part.annotated * slices_of).sum(0) * target_shape[0] * target_shape[1]
             positions = part.numbers.repeat_interleave(part.counted.sum(1)).tolist()
             for position, of_slice in zip(positions, of_slices, strict=True):
                 counts[:, subjects[data.where[order[position]][0]]] += of_slice
@@ -77,13 +100,16 @@ def validate(
     unusable = ranks.sum(wrong).nonzero().flatten().tolist()
     if unusable:
         raise DivergedError(f"the validation loss is {loss} at the slices {data.named(order[i] for i in unusable)}")
-    best, thresholds = choose_thresholds(table)
+    groups = [group_of(name) for name in sorted(data.label_map, key=data.label_map.__getitem__)]
+    tried = table[(LEVELS >= LOWEST) & (LEVELS <= HIGHEST)]
+    best, thresholds = choose_thresholds(tried, groups)
     return Validation(
         loss / max(number, 1),
-        *macro_dice(table[best]),
+        *macro_dice(tried[best]),
         THRESHOLDS[best],
         thresholds,
-        tuple(dice_of(table[best]).tolist()),
+        calibrate(table.sum(1), thresholds, groups, ranks.sum(annotated).cpu().numpy()),
+        tuple(dice_of(tried[best]).tolist()),
     )
 
 
@@ -101,22 +127,52 @@ def _score(
     return batch, float(mean), int(losses.annotated_number(targets)), count_slices(logits, targets)
 
 
-def choose_thresholds(counts: np.ndarray) -> tuple[int, tuple[float, ...]]:
-    """From counts (T, subjects, 3, C): which threshold gives the highest macro Dice, and a threshold for each channel.
+def choose_thresholds(counts: np.ndarray, groups: Sequence[str]) -> tuple[int, tuple[float, ...]]:
+    """Choose the threshold that gives the highest macro Dice, and one for each channel.
 
-    A channel's own best threshold rests on the few subjects that hold the structure; so it is taken half of the way
-    from the common one, in logits. A channel that no subject holds gets the common one.
+    A channel's own best threshold rests on the few subjects that hold the structure, and in them on a few pixels where
+    it is small; so it is drawn, in logits, towards that of its group, which in turn is drawn towards what is best for
+    all. The group counts like OTHERS subjects; subjects that hold FEW_PIXELS together like half as many. A channel that
+    no subject holds gets the threshold of its group.
+
+    Args:
+        counts: (T, subjects, 3, C), TP, FP and FN at each of THRESHOLDS.
+        groups: of each channel.
+
+    Returns:
+        The place in THRESHOLDS of the best common one, 0.5 where nothing is scored, and the thresholds (C,).
     """
-    per_channel = np.nan_to_num([dice_of(at) for at in counts])
+    per_channel = np.array([dice_of(at) for at in counts])  # (T, C)
     means = np.nan_to_num([macro_dice(at)[0] for at in counts])
-    best = int(np.argmax(means)) if means.any() else THRESHOLDS.index(0.5)
-    logits = logit(THRESHOLDS)
-    own = logits[np.where(per_channel.any(0), per_channel.argmax(0), best)]
-    return best, tuple(expit((own + logits[best]) / 2).tolist())
+    if not means.any():
+        return THRESHOLDS.index(0.5), (0.5,) * len(groups)
+    best, logits, held = int(np.argmax(means)), logit(THRESHOLDS), ~np.isnan(per_channel[0])
+    pixels = counts[0, :, 0] + counts[0, :, 2]  # (subjects, C)
+    subjects, told = (pixels > 0).sum(0), pixels.sum(0) / (pixels.sum(0) + FEW_PIXELS)
+    of_group = np.zeros(len(groups))
+    for group in dict.fromkeys(groups):
+        own = np.array([name == group for name in groups])
+        curve = per_channel[:, own & held] @ told[own & held] + OTHERS * means
+        of_group[own] = logits[np.argmax(curve)]
+    of_channel = logits[np.nan_to_num(per_channel).argmax(0)]
+    chosen = (subjects * told * of_channel + OTHERS * of_group) / (subjects * told + OTHERS)
+    return best, tuple(expit(chosen).tolist())
+
+
+def calibrate(
+    counts: np.ndarray, thresholds: Sequence[float], groups: Sequence[str], annotated: np.ndarray
+) -> Calibration:
+    """Fit the probabilities of `segkit.calibration` to counts (L, 3, C) at LEVELS of `annotated` pixels each (C,)."""
+    above_inside, above_outside, below_inside = counts.transpose(1, 2, 0)  # (C, L) each
+    all_inside = above_inside[:, :1] + below_inside[:, :1]
+    inside = -np.diff(above_inside, prepend=all_inside, append=0)
+    outside = -np.diff(above_outside, prepend=annotated[:, None] - all_inside, append=0)
+    middle = np.concatenate([[LEVELS[0] - STEP], (LEVELS[1:] + LEVELS[:-1]) / 2, [LEVELS[-1] + STEP]])
+    return fit_calibration(inside, outside, middle - logit(thresholds)[:, None], groups)
 
 
 def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """TP, FP and FN of each slice, threshold and channel from logits (B, C, H, W): int64 (B, T, 3, C).
+    """TP, FP and FN of each slice, level and channel from logits (B, C, H, W): int64 (B, L, 3, C), L of LEVELS.
 
     0 where the channel is not annotated.
     """
@@ -125,23 +181,25 @@ def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def _count_slice(logits: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Of one slice: (T, 3, C). Looks only at the members of each pixel's code and at channels that rise far enough."""
-    z, channels_in_all = logits.flatten(1).T, len(logits)
-    channels, counts = code_members(codebook)
-    members, present = channels[codes.flatten()], counts[codes.flatten()]
-    of_members = z.gather(1, members)
+    """Of one slice: (L, 3, C). Looks only at the members of each pixel's code and at channels that rise far enough."""
+    z, channels_in_all = logits.flatten(1), len(logits)
+    channels, numbers = code_members(codebook)
+    members, present = channels[codes.flatten()], numbers[codes.flatten()]
+    of_members = z.T.gather(1, members)[present]
     held = torch.bincount(members[present], minlength=channels_in_all)
-    limits = logit(THRESHOLDS).tolist()
-    rising = (z.amax(0) > limits[0]).nonzero().flatten()
-    z, one = z[:, rising], z.new_ones(1, len(z))
-    rows = []
-    for limit in limits:
-        both = torch.bincount(members[present & (of_members > limit)], minlength=channels_in_all)
-        predicted = torch.zeros_like(both)
-        # a product with ones counts faster than a sum of bools, and exactly up to 2 ** 24 pixels
-        predicted[rising] = (one @ (z > limit).to(z.dtype))[0].long()
-        rows.append(torch.stack([both, predicted - both, held - both]))
-    return torch.stack(rows)
+    rising = (z.amax(1) > LEVELS[0]).nonzero().flatten()
+    predicted = _above(z[rising], rising[:, None], channels_in_all)
+    both = _above(of_members, members[present], channels_in_all)
+    return torch.stack([both, predicted - both, held - both], 1)
+
+
+def _above(logits: torch.Tensor, channels: torch.Tensor, channels_in_all: int) -> torch.Tensor:
+    """How many logits of each channel lie above each of LEVELS, int64 (L, C); `channels` broadcast to `logits`."""
+    # in which gap between two levels, counted from the lowest; what is NaN, and will be an error, in none
+    gap = ((logits - LEVELS[0]) / STEP).ceil_().clamp_(0, len(LEVELS)).nan_to_num_(0)
+    gaps = len(LEVELS) + 1
+    number = torch.bincount((gap.long() + channels * gaps).flatten(), minlength=channels_in_all * gaps)
+    return number.view(channels_in_all, gaps)[:, 1:].flip(1).cumsum(1).flip(1).T
 
 
 def macro_dice(counts: np.ndarray) -> tuple[float, int]:

@@ -89,9 +89,10 @@ def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray | None = None
 
 
 def write_subject(folder: Path, masks: dict[str, np.ndarray], ct: np.ndarray | None = None, affine=None) -> Path:
-    """A subject folder from arrays (i, j, k)."""
+    """A subject folder from arrays (i, j, k); without `ct` the scan is noise, of each name another."""
     shape = next(iter(masks.values())).shape
-    volume = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16) if ct is None else ct
+    noise = np.random.default_rng(list(folder.name.encode()))
+    volume = noise.integers(-1000, 1000, shape).astype(np.int16) if ct is None else ct
     write_nifti(folder / "ct.nii.gz", volume, affine)
     for name, mask in masks.items():
         write_nifti(folder / "segmentations" / f"{name}.nii.gz", mask.astype(np.uint8), affine)

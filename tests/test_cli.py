@@ -37,7 +37,7 @@ def test_the_verbs_one_after_the_other(tmp_path):
         "--validation-slices", 8, "--device", "cpu", cwd=tmp_path,
     )  # fmt: skip
     out = segkit("evaluate", "--max-subjects", 1, "--device", "cpu", cwd=tmp_path)
-    assert "macro Dice" in out and "through TARGET_SHAPE and back" in out
+    assert "macro Dice" in out and "resampled to TARGET_SHAPE and back" in out
     outputs = tmp_path / "outputs"
     for pattern in (
         "checkpoint_epoch1.pth", "training_history.png", "evaluation_results_*.csv", "evaluation_summary_*.json",

@@ -153,7 +153,7 @@ def test_the_analysis_runs_again_backwards_and_after_changes(training, folder):
         scan = next(folder.glob("phantoms_*/s*/ct.nii.gz"))
         notebook.change(OWN_SCAN=str(scan), FORMATS=("csv",))
         for _ in range(2):
-            assert f"{scan.parent.name}_structures.csv" in notebook.run(18)
+            assert f"{scan.parent.name}_structures.csv" in notebook.run(19)
         training.run(9)
         with pytest.raises(CellExecutionError, match=r"changed since section 2 was run: .*split.json was written anew"):
             notebook.run(3)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from segkit import evaluation, summaries
+from segkit.calibration import Reliability
 from segkit.codes import encode
 from segkit.dataset import Data
 from segkit.errors import SegkitError
@@ -40,13 +41,14 @@ def reported(phantom_data, tmp_path_factory):
     split = Split((), (), tuple(Part(name) for name in names), "made for this test")
     data = Data(folder, phantom_data.staged, split, {"liver": 0}, [])
     report = Report(evaluated, data, folder, folder / "predictions")
-    report.everything(evaluated, [folder / "checkpoint_epoch1.pth"])
+    said = Reliability.of(np.array([[9.0, 3.0], [2.7, 2.4], [1.0, 2.0]]), np.array([0, 0.5, 1]))
+    report.everything(evaluated, [folder / "checkpoint_epoch1.pth"], {"output": said, "probability": said})
     yield report
     plt.close("all")
 
 
 def test_every_file_is_there_and_belongs_to_the_run(reported):
-    assert len(reported.files) == len(set(reported.files)) == 14
+    assert len(reported.files) == len(set(reported.files)) == 15
     for path in reported.files:
         assert path.stat().st_size > 1000 or path.suffix == ".csv"
         assert any(fnmatch.fnmatch(path.name, pattern) for pattern in RUN_FILES), path.name  # moved with the run
@@ -66,7 +68,7 @@ def test_the_summary_is_json_without_nan_and_holds_the_means_of_all_protocols(re
 def test_the_report_shows_all_figures_and_tables_and_needs_no_other_file(reported):
     page = next(reported.output_dir.glob("report_*.html")).read_text()
     pictures = [path for path in reported.files if path.suffix == ".png"]
-    assert page.count('src="data:image/png;base64,') == len(pictures) == 9
+    assert page.count('src="data:image/png;base64,') == len(pictures) == 10
     assert headline(reported.outcome)[:40] in page and "not for diagnosis" in page
     assert page.count("<table>") == 5 and ">liver<" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page

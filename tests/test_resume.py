@@ -7,11 +7,14 @@ import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 from segkit import losses, steps, trainer, training
 from segkit.checkpoints import load_checkpoint
+from segkit.dataset import open_data
 from segkit.ensemble import train_members
 from segkit.errors import DivergedError, SegkitError
 from segkit.interrupts import Interrupts
@@ -261,3 +264,46 @@ def test_an_entry_of_augmentation_that_was_not_there_yet_had_its_default():
     assert changed(other, stored) == ["augmentation"]
     del stored["augmentation"]
     assert changed(SETTINGS, stored) == [] and changed(other, stored) == ["augmentation"]
+
+
+def test_changed_data_are_named_and_not_gone_on_with(phantom_dir, tmp_path):
+    """Liver and spleen exchanged in one subject, a scan of another shifted by one HU; the test subject may change."""
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    small = replace(SETTINGS, epochs=1)
+
+    def opened():
+        return open_data(tmp_path / "data", tmp_path / "staged", progress=False)
+
+    data = opened()
+    train(data, small, tmp_path / "run", progress=False)
+    first, second = (part.subject for part in data.split.train[:2])
+    masks = tmp_path / "data" / first / "segmentations"
+    liver, spleen, aside = (masks / f"{name}.nii.gz" for name in ("liver", "spleen", "aside"))
+    for source, target in ((liver, aside), (spleen, liver), (aside, spleen)):
+        source.rename(target)
+    change_scan(tmp_path / "data" / second)
+    change_scan(tmp_path / "data" / data.split.test[0].subject)
+    expected = f"the data have changed since: the labels of {first}, the CT of {second}; put the files back"
+    with pytest.raises(SegkitError, match=expected):
+        train(opened(), replace(small, epochs=2), tmp_path / "run", progress=False, resume=True)
+    for source, target in ((liver, aside), (spleen, liver), (aside, spleen)):
+        source.rename(target)
+    change_scan(tmp_path / "data" / second, -1)
+    assert len(train(opened(), replace(small, epochs=2), tmp_path / "run", progress=False, resume=True)) == 2
+
+
+def change_scan(folder: Path, by: int = 1) -> None:
+    path = folder / "ct.nii.gz"
+    image = nib.load(path)
+    changed = (np.asarray(image.dataobj) + by).astype(image.get_data_dtype())
+    nib.save(nib.Nifti1Image(changed, image.affine, image.header), path)
+
+
+def test_a_state_of_an_earlier_version_goes_on_and_says_what_is_not_known(phantom_data, tmp_path, capsys):
+    train(phantom_data, replace(SETTINGS, epochs=1), tmp_path, progress=False)
+    path = tmp_path / "last_state.pth"
+    content = torch.load(path, weights_only=True)
+    del content["contents"], content["calibration"]
+    torch.save(content, path)
+    history = train(phantom_data, replace(SETTINGS, epochs=2), tmp_path, progress=False, resume=True)
+    assert len(history) == 2 and "whether the data are those that it began with is not known" in capsys.readouterr().out

@@ -281,9 +281,88 @@ def test_a_model_that_says_nothing_of_its_training_is_judged_without_a_run(phant
         dataset.open_run(tmp_path / "outputs", tmp_path / "staged", progress=False, model=model)
 
 
-def test_scans_that_are_called_like_training_subjects_are_named(phantom_data, tmp_path):
-    """The same data compressed again would be: names alike, files of another size."""
+def copy_subject(source, target, slices=None):
+    """A subject under another name; of its scan and masks only the given slices."""
+    shutil.copytree(source, target)
+    for path in target.rglob("*.nii.gz") if slices is not None else ():
+        image = nib.load(path)
+        nib.save(image.slicer[(slice(None),) * axis_of_slices(image) + (slices,)], path)
+
+
+def axis_of_slices(image) -> int:
+    return [code in "SI" for code in nib.aff2axcodes(image.affine)].index(True)
+
+
+def test_scans_are_known_again_whatever_they_are_called(phantom_data, tmp_path):
+    """Training scans elsewhere under other names, one of them cut to some of its slices, beside a scan never seen."""
     run_of(phantom_data, tmp_path)
+    trained, *_ = (phantom_data.folder / part.subject for part in phantom_data.split.train)
+    validated, tested = (
+        phantom_data.folder / part[0].subject for part in (phantom_data.split.val, phantom_data.split.test)
+    )
+    for name, source, slices in (
+        ("whole", trained, None),
+        ("piece", trained, slice(10, 16)),
+        ("other", validated, None),
+    ):
+        copy_subject(source, tmp_path / "renamed" / name, slices)
+    with pytest.raises(
+        SegkitError, match=r"3 of 3 test subjects \(other, there s\d+; piece, there s\d+; whole, there s\d+\)"
+    ):
+        dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "renamed", progress=False)
+    copy_subject(tested, tmp_path / "renamed" / "unseen")
+    data = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "renamed", progress=False)
+    assert data.split.test == (Part("unseen"),) and set(data.staged) == {"unseen"}
+    [finding] = data.problems
+    assert finding.kind == "seen in training" and "3 of 4 test subjects" in str(finding)
+
+
+def test_a_scan_in_two_parts_of_one_data_set_is_in_the_one_that_judges(phantom_data, tmp_path):
+    """Also where only a piece of it is; two that train count twice, and that is said."""
+    first, second, third = (phantom_data.folder / name for name in list(phantom_data.staged)[:3])
+    data_dir = tmp_path / "data"
+    for name, source, slices in (
+        ("a", first, None), ("b", second, None), ("c", third, None),
+        ("copy of a", first, None), ("piece of b", second, slice(5, 9)), ("piece of c", third, slice(0, 8)),
+    ):  # fmt: skip
+        copy_subject(source, data_dir / name.replace(" ", "_"), slices)
+    (data_dir / "meta.csv").write_text(
+        "image_id;split\na;train\nb;train\nc;train\ncopy_of_a;train\npiece_of_b;val\npiece_of_c;test\n"
+    )
+    data = dataset.open_data(data_dir, tmp_path / "staged", progress=False)
+    assert data.split.train == (Part("a"), Part("copy_of_a"))
+    assert data.split.val == (Part("piece_of_b"),) and data.split.test == (Part("piece_of_c"),)
+    assert [str(finding) for finding in data.problems if finding.kind == "same scan twice"] == [
+        "subject b: the same scan as piece_of_b, or a piece of it: left out of training",
+        "subject c: the same scan as piece_of_c, or a piece of it: left out of training",
+        "subject copy_of_a: the same scan as a, or a piece of it: it counts twice in training",
+    ]
+
+
+def test_the_only_training_scan_stays_though_it_is_tested_too(tmp_path):
+    """As of somebody who copies the only scan at hand for a first try: said, not refused."""
+    for name in ("a", "b"):
+        write_subject(
+            tmp_path / "data" / name, {"liver": np.ones((4, 4, 9))}, ct=np.arange(144, dtype=np.int16).reshape(4, 4, 9)
+        )
+    data = dataset.open_data(tmp_path / "data", tmp_path / "staged", progress=False)
+    assert len(data.split.train) == 1 and "nothing else is there for training, so it stays" in str(data.problems[0])
+
+
+def test_empty_slices_do_not_make_two_scans_one(tmp_path):
+    """What many scans have alike: slices without anything."""
+    for name in ("a", "b", "c"):
+        ct = np.random.default_rng(ord(name)).integers(-1000, 1000, (4, 4, 12)).astype(np.int16)
+        ct[..., 4:], ct[..., 11] = -1024, -1000
+        write_subject(tmp_path / "data" / name, {"liver": np.ones((4, 4, 12))}, ct=ct)
+    assert not dataset.open_data(tmp_path / "data", tmp_path / "staged", progress=False).problems
+
+
+def test_scans_that_are_called_like_training_subjects_are_named(phantom_data, tmp_path):
+    """As of runs of older versions, which kept no checksums: the same data compressed again would be alike."""
+    runs.write_json(tmp_path / "label_map.json", phantom_data.label_map)
+    older = replace(phantom_data.learned(), checksums={})
+    runs.write_json(tmp_path / "split.json", RunSplit(phantom_data.folder.resolve(), older).to_json())
     trained = phantom_data.split.train[0].subject
     for name in (trained, "x1"):
         write_subject(tmp_path / "other" / name, {"liver": np.ones((3, 3, 3))})

@@ -202,7 +202,7 @@ def test_the_card_tells_scores_with_split_number_and_interval(tmp_path):
     write_summary(run, [run / "checkpoint_epoch3.pth"])
     card = export_model(run, tmp_path / "shared", LICENCE, "For **my** course.")[-1].read_text()
     assert "macro Dice 0.500 (95 % interval 0.250 to 0.750) over 3 structures of 4 subjects (test split)" in card
-    assert "through TARGET_SHAPE and back: 0.875" in card
+    assert "resampled to TARGET_SHAPE and back: 0.875" in card
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert "| Dice | all | 0.500 | 0.250 to 0.750 | 3 | 11 |" in rows
     assert "| HD95 (mm) | all | 12.500 | 0.250 to 0.750 | 3 | 9 |" in rows

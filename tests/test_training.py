@@ -8,7 +8,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkit import steps, validation
+from segkit import steps, training, validation
 from segkit.checkpoints import best_checkpoint, load_checkpoint
 from segkit.dataset import open_data
 from segkit.errors import SegkitError
@@ -83,11 +83,11 @@ def test_validation_counts_by_hand():
         torch.tensor([[True, True, False]]),
     )
     predicted = torch.tensor([[[[1, 1], [0, 0]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]]]).bool()
-    at = validation.THRESHOLDS.index(0.5)
+    at = validation.LEVELS.tolist().index(0)
     counts = validation.count_slices(torch.where(predicted, 0.1, -0.1), targets)[0]
     assert counts[at].tolist() == [[1, 2, 0], [1, 0, 0], [2, 0, 0]]
-    assert counts[at + 1].tolist() == [[0, 0, 0], [0, 0, 0], [3, 2, 0]]  # a logit of 0.1 is below a probability of 0.6
-    assert counts[at - 1].tolist() == [[3, 2, 0], [1, 2, 0], [0, 0, 0]]  # and one of -0.1 is above 0.4
+    assert counts[at + 1].tolist() == [[0, 0, 0], [0, 0, 0], [3, 2, 0]]  # 0.1 is below the next level, 0.25
+    assert counts[at - 1].tolist() == [[3, 2, 0], [1, 2, 0], [0, 0, 0]]  # and -0.1 above the one before
     # two subjects: structure 0 has Dice 0.5 and 1, structure 1 is held by one of them and missed, 2 by nobody
     two = np.array([[[1, 0, 0], [1, 3, 0], [1, 0, 0]], [[2, 0, 0], [0, 0, 5], [0, 4, 0]]])
     mean, number = validation.macro_dice(two)
@@ -101,11 +101,12 @@ def test_validation_counts_equal_those_of_dense_planes(seed):
     table = torch.rand(2, 6, 5, generator=g) < 0.3
     table[:, 0] = False
     targets = Targets(torch.randint(0, 6, (2, 4, 7), generator=g), table, torch.rand(2, 5, generator=g) < 0.7)
-    logits = 3 * torch.randn(2, 5, 4, 7, generator=g)
+    logits = 5 * torch.randn(2, 5, 4, 7, generator=g)
+    logits[0, 0, 0, :3] = torch.tensor([0.0, 0.25, -8.0])  # as high as a level is not above it
     counts = validation.count_slices(logits, targets)
     inside = targets.dense()
-    for place, threshold in enumerate(validation.THRESHOLDS):
-        predicted = torch.sigmoid(logits.double()) > threshold
+    for place, level in enumerate(validation.LEVELS):
+        predicted = logits > level
         expected = [predicted & inside, predicted & ~inside, ~predicted & inside]
         expected = torch.stack([planes.sum((2, 3)) for planes in expected], 1) * targets.annotated[:, None]
         assert torch.equal(counts[:, place], expected)
@@ -209,26 +210,59 @@ def test_starting_from_another_model_matches_channels_by_name(phantom_data, tmp_
         steps.Learner(smaller, replace(SMALL, features=(4, 8, 16), init_checkpoint=str(path)).checked(), CPU)
 
 
+def curves(*best: float, subjects=2, pixels=900) -> np.ndarray:
+    """Counts (T, subjects, 3, C) of channels whose Dice is highest at these logits, and falls alike to both sides."""
+    logits = np.log(THRESHOLDS) - np.log1p(-np.array(THRESHOLDS))
+    wrong = np.rint(pixels / 10 * np.abs(logits[:, None] - np.array(best))).astype(int)
+    counts = np.zeros((len(THRESHOLDS), subjects, 3, len(best)), int)
+    counts[:, :, 0], counts[:, :, 1] = pixels, wrong[:, None]
+    return counts
+
+
+def logits_of(thresholds) -> list[float]:
+    return [np.log(p / (1 - p)) for p in thresholds]
+
+
 def test_thresholds_are_chosen_by_hand():
-    # two subjects, three channels: the first is best at the lowest threshold, the second at the highest, the third
-    # is held by nobody; in all the middle one is best
-    counts = np.zeros((len(THRESHOLDS), 2, 3, 3), int)
-    middle = len(THRESHOLDS) // 2
-    for at in range(len(THRESHOLDS)):
-        wrong = abs(np.array([0, len(THRESHOLDS) - 1]) - at)
-        counts[at, :, 0, :2], counts[at, :, 1, :2] = 10, wrong
-    counts[middle, :, 1, :2] = 1
-    best, thresholds = choose_thresholds(counts)
-    assert best == middle or counts[best, 0, 1, :2].sum() <= 2
+    # two of three are best at -1, and so is their group, and all; two subjects of 900 pixels weigh 2 * 1800 / 1900, the
+    # group 2. What nobody holds gets the threshold of its group, a group that nobody holds that of all
+    counts = np.concatenate([curves(-1, -1, 0.5), 0 * curves(0, 0)], 3)
+    best, thresholds = choose_thresholds(counts, ["one", "one", "one", "one", "other"])
+    assert logits_of([THRESHOLDS[best]]) == pytest.approx([-1])
+    weight = 2 * 1800 / 1900
+    assert logits_of(thresholds) == pytest.approx([-1, -1, (weight * 0.5 - 2) / (weight + 2), -1, -1])
 
-    def half_way(a, b):
-        logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-        return 1 / (1 + np.exp(-(logit(a) + logit(b)) / 2))
 
-    common = THRESHOLDS[best]
-    assert thresholds[2] == pytest.approx(common)
-    assert thresholds[0] == pytest.approx(half_way(THRESHOLDS[0], common))
-    assert thresholds[1] == pytest.approx(half_way(THRESHOLDS[-1], common))
+def test_a_few_pixels_of_one_subject_do_not_choose_a_threshold():
+    many, few = curves(0, 0, 0), curves(3, subjects=2, pixels=900)
+    few[:, 0], few[:, 1] = 0, few[:, 1] // 9  # one subject
+    few[:, 1, 0] = 10
+    counts = np.concatenate([many, few, few * 0], 3)
+    _, thresholds = choose_thresholds(counts, ["one"] * 5)
+    weight = 1 * 10 / 110
+    assert logits_of(thresholds) == pytest.approx([0, 0, 0, 3 * weight / (weight + 2), 0])
+    assert logits_of(thresholds)[3] < 0.15
+
+
+def test_the_best_threshold_may_lie_far_below_one_half():
+    """Of a loss without positive weights it does: 0.02 was best where no less than 0.3 had been tried."""
+    best, thresholds = choose_thresholds(curves(-3.5, -3.5), ["one", "one"])
+    assert THRESHOLDS[best] == pytest.approx(0.0293, abs=1e-4) and logits_of(thresholds) == pytest.approx([-3.5] * 2)
+    assert THRESHOLDS[0] < 0.02 and THRESHOLDS[-1] > 0.98
+    best, _ = choose_thresholds(curves(-7), ["one"])
+    assert best == 0 and "lowest" in training.at_an_edge(THRESHOLDS[best])
+    assert training.at_an_edge(THRESHOLDS[1]) is None and "highest" in training.at_an_edge(THRESHOLDS[-1])
+
+
+def test_calibration_uses_what_was_counted():
+    """Pixels by hand: their logits, and which are inside, through counts at the levels, as if fitted directly."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 3, (1, 1, 400, 400)).astype(np.float32))
+    inside = torch.from_numpy(random.random((1, 400, 400))) < torch.sigmoid(0.5 * (logits[:, 0] - 1) - 0.4)
+    targets = Targets(inside.long(), torch.tensor([[[0], [1]]]).bool(), torch.ones(1, 1, dtype=torch.bool))
+    counts = validation.count_slices(logits, targets).sum(0).numpy()
+    found = validation.calibrate(counts, [float(torch.sigmoid(torch.tensor(1.0)))], ["one"], np.array([160_000]))
+    assert found.slope == pytest.approx([0.5], abs=0.02) and found.offset == pytest.approx([-0.4], abs=0.04)
 
 
 def test_a_training_starts_from_a_folder_with_one_network(phantom_data, tmp_path):
