@@ -94,12 +94,15 @@ class NnUNet:
         """What nnU-Net planned for 2d: patch_size, batch_size, spacing, architecture."""
         return json.loads((self.preprocessed / "nnUNetPlans.json").read_text())["configurations"]["2d"]
 
-    def train(self, epochs: int, iterations: int) -> list[float]:
-        """nnUNetv2_train with short epochs on all cases. Returns the seconds of each epoch by its own log."""
+    def train(self, epochs: int, iterations: int, adam: float | None = None) -> list[float]:
+        """nnUNetv2_train with short epochs on all cases, with its SGD or with Adam at a learning rate.
+
+        Returns the seconds of each epoch by its own log.
+        """
         shutil.rmtree(self.results, ignore_errors=True)
         self.run(
             "nnUNetv2_train", self.number, CONFIGURATION, "all", "-tr", TRAINER, "-device", self.device,
-            BENCH_EPOCHS=str(epochs), BENCH_ITERATIONS=str(iterations),
+            BENCH_EPOCHS=str(epochs), BENCH_ITERATIONS=str(iterations), BENCH_ADAM=str(adam or ""),
         )  # fmt: skip
         return epoch_seconds(self.results)
 

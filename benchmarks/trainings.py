@@ -27,6 +27,8 @@ STRONG = {
     "intensity_shift_hu": 30, "noise_hu": 25,
 }  # fmt: skip
 """Augmentation where one scan is all there is: docs/learning.md."""
+ADAM = 2e-3
+"""Of nnU-Net's network where it does not learn by its own SGD."""
 LEARNING_RATES = {"torso": 2e-3, "phantoms": 4e-3}
 """Half of the default for half of its batch: docs/learning.md."""
 
@@ -130,8 +132,13 @@ def nnunet(
     home: str,
     python: str,
     threads: int,
+    adam: float | None = None,
 ) -> Callable[[], dict]:
-    """nnU-Net's commands from raw data to a score. Its training lasts `seconds` by the time of its own epochs."""
+    """nnU-Net's commands from raw data to a score. Its training lasts `seconds` by the time of its own epochs.
+
+    With `adam` its network, loss and augmentation learn by Adam at that rate, on patches of half its size: what so
+    short a training can do, where its own SGD cannot begin.
+    """
     from benchmarks import inputs
     from benchmarks.nnunet import NnUNet
     from segkit.dataset import open_data
@@ -147,11 +154,16 @@ def nnunet(
         plan["architecture"]["arch_kwargs"]["features_per_stage"] = [
             min(FEATURES[0] * 2**level, 2 * FEATURES[-1]) for level in range(levels)
         ]
-        prepared.configure({"batch_size": BATCHES[name], "architecture": plan["architecture"]})
-        warm = prepared.train(CALIBRATION, ITERATIONS)[CALIBRATION // 2 :]
+        patch = plan["patch_size"]
+        if adam is not None:
+            step = 2 ** (levels - 1)  # it halves a patch so often
+            patch = [max(1, round(side / 2 / step)) * step for side in patch]
+        changes = {"batch_size": BATCHES[name], "architecture": plan["architecture"], "patch_size": patch}
+        prepared.configure(changes)
+        warm = prepared.train(CALIBRATION, ITERATIONS, adam)[CALIBRATION // 2 :]
         epochs = max(2, round(seconds / statistics.median(warm)))
         started = time.perf_counter()
-        training_s = sum(prepared.train(epochs, ITERATIONS))
+        training_s = sum(prepared.train(epochs, ITERATIONS, adam))
         train_s = time.perf_counter() - started
         predictions = Path(home) / "predictions"
         predict_s = prepared.predict(prepared.raw / "imagesTs", predictions)
@@ -159,7 +171,7 @@ def nnunet(
             **score_of(data, Kept(data, predictions, structures)),
             "seconds": training_s, "slices": epochs * ITERATIONS * BATCHES[name], "prepare_s": prepare_s,
             "train_s": train_s, "predict_s": predict_s, "levels": levels,
-            "patch": " x ".join(map(str, plan["patch_size"])),
+            "patch": " x ".join(map(str, patch)),
         }  # fmt: skip
 
     return work

@@ -32,6 +32,7 @@ Slices for a network
     slices.py          staged subjects -> batches of slices with their codes
     slabs.py           the same for a 3D network: slices in a row
     augment.py         one resampling for fit-to-shape, rotation, scale, shift, flip; intensity
+    segmenting.py      planes on the network's grid -> codes on a scan's own pixels
 
 The machine
     devices.py         which device there is and in which precision it is fast
@@ -67,7 +68,6 @@ Training
     ensemble.py        several seeds trained by one command
 
 Predictions and their scores
-    segmenting.py      planes on the network's grid -> codes on a scan's own pixels
     cleaning.py        of each structure its largest piece
     inference.py       volume in, codes out; the mean of an ensemble
     reliability.py     whether probabilities mean what they say

@@ -2,8 +2,8 @@
 
 Fitting keeps the aspect ratio in mm, centres the slice and pads with air. Rotation, scale, shift and flip are composed
 with it into a single sampling grid, so that every pixel is interpolated once. Image and codes are reduced over the same
-area, that of a target pixel: the image is interpolated linearly and averaged where it shrinks, so that nothing aliases;
-of the codes the one that covers most of the area is taken.
+area and by the same samples: where a slice shrinks, a pixel has several, so that nothing aliases; the image is the mean
+of what is linearly interpolated at them, and of the codes that are nearest to them the one that most have is taken.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def to_network(
     counts as not annotated in that sample.
     """
     hu, codes = _fitted(batch, target_shape, variation)
+    codes = codes if batch.codes.ndim == 4 else codes[:, 0]
     codebook, annotated = batch.codebook, batch.annotated
     if variation is not None:
         hu = vary_intensity(hu, variation)
@@ -95,63 +96,68 @@ def to_network(
 def _fitted(
     batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """HU of the pixels of `target_shape`, float32 (B, P, H, W), and their codes, int64 (B, H, W) or (B, D, H, W).
+    """HU of the pixels of `target_shape`, float32 (B, P, H, W), and their codes, int64 (B, D, H, W), D = 1 for slices.
 
     Of a slice the same whatever it shares a batch with.
     """
     factors = shrinking(batch, target_shape)
+    codes = batch.codes if batch.codes.ndim == 4 else batch.codes[:, None]
     if len(set(factors)) > 1:
         hu = torch.empty(*batch.hu.shape[:2], *target_shape, device=batch.hu.device)
-        codes = torch.empty(*batch.codes.shape[:-2], *target_shape, dtype=torch.int64, device=batch.hu.device)
+        codes = torch.empty(*codes.shape[:2], *target_shape, dtype=torch.int64, device=batch.hu.device)
         for factor in set(factors):
             places = [place for place, own in enumerate(factors) if own == factor]
             some = None if variation is None else variation.at(places)
             hu[places], codes[places] = _fitted(batch.at(places), target_shape, some)
         return hu, codes
     shrink = factors[0]
-    grid = sampling_grid(batch, target_shape, variation, shrink)
-    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), grid, "bilinear")
+    fine = sampling_grid(batch, (target_shape[0] * shrink, target_shape[1] * shrink), variation)
+    hu = _sample((batch.hu.float() - AIR_HU).clamp(min=0), fine, "bilinear")
     hu = (F.avg_pool2d(hu, shrink) if shrink > 1 else hu) + AIR_HU
-    codes = _majority(*_code_samples(batch, target_shape, variation, shrink, grid))
-    return hu, codes if batch.codes.ndim == 4 else codes[:, 0]
+    even = _chessboard(len(codes), target_shape, variation).to(fine.device)
+    # off the exact middle between two source pixels, as `even` says; nowhere else does it change what is nearest
+    aside = OFF_THE_MIDDLE * (2 * even.float() - 1)[..., None].repeat_interleave(shrink, 1).repeat_interleave(shrink, 2)
+    nudged = fine + aside * (2 / torch.tensor(codes.shape[:-3:-1], device=fine.device))
+    return hu, _majority(_sample(codes.float(), nudged, "nearest"), shrink, even)
 
 
-def _code_samples(
-    batch: SliceBatch,
-    target_shape: tuple[int, int],
-    variation: Variation | None,
-    shrink: int,
-    grid: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, int]:
-    """The codes at samples of each pixel's area, float32 (B, D, n H, n W), and n, how many lie along a side.
+OFF_THE_MIDDLE = 1e-3
+"""Source pixels: more than floats are wrong by."""
 
-    Their number is even: then none lies in the middle of a pixel, where a tie between two source pixels could only be
-    broken to one side. `grid`: of `shrink` samples a side, where it was made before.
+
+def _sample(planes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+    return F.grid_sample(planes, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def _chessboard(samples: int, shape: tuple[int, int], variation: Variation | None) -> torch.Tensor:
+    """How each pixel decides between two codes that are equally near or frequent, bool (B, H, W).
+
+    Half of the pixels take the one, half the other, as on a chessboard, whose colours a variation may exchange: a rule
+    that prefers one side, as rounding half to even does, moves or grows every mask that ends in the middle of a pixel,
+    as half of them do where a slice shrinks by 2; and a pattern that never changes can be learned.
     """
-    n = max(2, shrink)
-    if grid is None or n != shrink:
-        grid = sampling_grid(batch, target_shape, variation, n)
-    codes = batch.codes if batch.codes.ndim == 4 else batch.codes[:, None]
-    return _sample(codes.float(), grid, "nearest"), n
+    turn = torch.zeros(samples, dtype=torch.int64) if variation is None else torch.tensor(variation.noise_seeds)
+    rows, columns = map(torch.arange, shape)
+    return (rows[:, None] + columns + turn[:, None, None]) % 2 == 0
 
 
-def _majority(samples: torch.Tensor, n: int) -> torch.Tensor:
-    """The code that most of the n x n samples of each pixel have: (B, D, n H, n W) -> int64 (B, D, H, W).
+def _majority(samples: torch.Tensor, shrink: int, even: torch.Tensor) -> torch.Tensor:
+    """The code that most of the samples of each pixel have: (B, D, s H, s W) float -> int64 (B, D, H, W).
 
-    Of codes that are equally frequent neighbouring pixels take the lowest and the highest in turns, as on a
-    chessboard: a rule that prefers one of them would move or grow every mask that ends in the middle of a pixel.
+    Of codes that are equally frequent the lowest where `even`, bool (B, H, W), else the highest.
     """
-    highest, lowest = F.max_pool2d(samples, n), -F.max_pool2d(-samples, n)
+    if shrink == 1:
+        return samples.long()
+    highest, lowest = F.max_pool2d(samples, shrink), -F.max_pool2d(-samples, shrink)
     codes = highest.long()
-    place = (highest != lowest).nonzero(as_tuple=True)  # most pixels lie inside of one structure
-    rows, columns = codes.shape[-2:]
-    of_pixel = samples.view(*codes.shape[:2], rows, n, columns, n).transpose(3, 4)[place].flatten(1)
-    ordered = of_pixel.sort(1).values
+    mixed = (highest != lowest).nonzero(as_tuple=True)  # most pixels lie in one structure
+    even = even[mixed[0], mixed[2], mixed[3]]
+    each = samples.view(*codes.shape[:3], shrink, codes.shape[3], shrink).transpose(3, 4)[mixed].flatten(1)
+    ordered = each.sort(1).values
     frequency = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
-    most = frequency == frequency.amax(1, keepdim=True)
-    first, last = most.int().argmax(1), n * n - 1 - most.flip(1).int().argmax(1)
-    even = (place[2] + place[3]) % 2 == 0
-    codes[place] = ordered.gather(1, torch.where(even, first, last)[:, None])[:, 0].long()
+    most = (frequency == frequency.amax(1, keepdim=True)).int()
+    place = torch.where(even, most.argmax(1), shrink**2 - 1 - most.flip(1).argmax(1))
+    codes[mixed] = ordered.gather(1, place[:, None])[:, 0].long()
     return codes
 
 
@@ -161,13 +167,18 @@ def area_fractions(batch: SliceBatch, target_shape: tuple[int, int], sample: int
     Fitted without variation, as the image is; channels as in the batch's codebook.
     """
     of_slice = batch.at([sample])
-    [shrink] = shrinking(of_slice, target_shape)
-    samples, n = _code_samples(of_slice, target_shape, None, shrink)
-    codes, codebook = samples[0, 0].long(), of_slice.codebook[0]
+    codes, codebook = of_slice.codes[0].long(), of_slice.codebook[0]
+    grid, pixel = sampling_grid(of_slice, target_shape)[0], pixel_mm(of_slice, target_shape)[0]
+    ways = []  # of each axis (target, source): what share of a target pixel a source pixel covers
+    for axis, middles in enumerate((grid[:, 0, 1], grid[0, :, 0])):
+        side, number = pixel / of_slice.spacing_mm[0, axis], codes.shape[axis]
+        low = ((middles + 1) / 2 * number - side / 2)[:, None]
+        pixels = torch.arange(number, device=codes.device)
+        ways.append((torch.minimum(pixels + 1, low + side) - torch.maximum(pixels, low)).clamp(min=0) / side)
     fractions = torch.zeros(codebook.shape[1], *target_shape, device=codes.device)
     occurring = codebook[codes.unique()].any(0).nonzero().flatten()
     for channel in occurring.tolist():  # one at a time: few of a hundred structures are in a slice
-        fractions[channel] = F.avg_pool2d(codebook[:, channel].float()[codes][None], n)[0]
+        fractions[channel] = ways[0] @ codebook[:, channel].float()[codes] @ ways[1].T
     return fractions
 
 
@@ -204,32 +215,18 @@ def pixel_mm(batch: SliceBatch, target_shape: tuple[int, int]) -> torch.Tensor:
 
 
 def shrinking(batch: SliceBatch, target_shape: tuple[int, int]) -> list[int]:
-    """Of each slice, how many samples a side a target pixel needs to step over none of its source pixels.
-
-    1, or an even number up to 8, with which codes can be sampled, too (`_code_samples`).
-    """
+    """Of each slice, how many samples a side a target pixel needs to step over none of its source pixels (1 to 8)."""
     factor = pixel_mm(batch, target_shape) / batch.spacing_mm.amin(1)
-    return [n + n % 2 if n > 1 else 1 for n in (factor - 0.25).ceil().clamp(1, 8).int().tolist()]
+    return (factor - 0.25).ceil().clamp(1, 8).int().tolist()
 
 
-TOWARDS_THE_MIDDLE = 1e-3
-"""By how much of their distance samples move to the middle of their pixel: one that would lie exactly between two
-source pixels is of the inner one, on either side, and not of the one that rounding or the last bit of a float says."""
+def sampling_grid(batch: SliceBatch, shape: tuple[int, int], variation: Variation | None = None) -> torch.Tensor:
+    """For each pixel of `shape` where it lies in the padded slices: (B, H, W, 2) as `grid_sample` takes it, (x, y).
 
-
-def sampling_grid(
-    batch: SliceBatch, target_shape: tuple[int, int], variation: Variation | None = None, samples: int = 1
-) -> torch.Tensor:
-    """Where the samples of each target pixel lie in the padded slices, `samples` along a side.
-
-    (B, samples * H, samples * W, 2) as `grid_sample` takes it, (x, y).
+    `shape` covers the same area as the fitted target, whatever its resolution.
     """
-    device, size = batch.hu.device, pixel_mm(batch, target_shape)[:, None]
-    offsets = ((torch.arange(samples, device=device) + 0.5) / samples - 0.5) * (1 - TOWARDS_THE_MIDDLE)
-    rows, columns = (  # in target pixels from the centre
-        (torch.arange(n, device=device)[:, None] + 0.5 - n / 2 + offsets).flatten() for n in target_shape
-    )
-    shape = (len(rows), len(columns))
+    device, size = batch.hu.device, pixel_mm(batch, shape)[:, None]
+    rows, columns = (torch.arange(n, device=device) + 0.5 - n / 2 for n in shape)  # pixels from the centre
     if variation is None:
         # each axis by itself: many times fewer numbers to compute, the same ones
         y, x = (
@@ -238,7 +235,7 @@ def sampling_grid(
         )
         return torch.stack([x[:, None].expand(-1, shape[0], -1), y[:, :, None].expand(-1, -1, shape[1])], -1)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)  # (y, x)
-    place = (place + variation.shift.to(device)[:, None, None] * max(target_shape)) * size[:, :, None, None]
+    place = (place + variation.shift.to(device)[:, None, None] * max(shape)) * size[:, :, None, None]
     if variation.elastic_mm.any():
         points = variation.elastic_mm.to(device)
         place = place + F.interpolate(points, shape, mode="bicubic", align_corners=True).movedim(1, -1)
@@ -246,10 +243,6 @@ def sampling_grid(
     place = place / batch.spacing_mm[:, None, None] + batch.sizes[:, None, None] / 2
     padded = torch.tensor(batch.codes.shape[-2:], device=device)
     return (2 * place / padded - 1).flip(-1)
-
-
-def _sample(planes: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
-    return F.grid_sample(planes, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def vary_intensity(hu: torch.Tensor, variation: Variation) -> torch.Tensor:

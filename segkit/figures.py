@@ -94,7 +94,7 @@ def plot_history(history: Sequence[Mapping]) -> Figure:
     right.plot(scored["epoch"], scored["val_dice"].astype(float), "o-", ms=4, color=GREEN)
     number = counted(max(row.get("val_structures", 0) for row in history), "structure")
     right.set(xlabel="epoch", ylabel="macro Dice", ylim=(0, 1))
-    right.set_title(f"Validation Dice (val split, {number}, network's grid)", fontsize=10)
+    right.set_title(f"Validation Dice (val split, {number})", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -63,11 +63,11 @@ class Calibrated:
             return cls(np.full(channels, 0.5), np.ones(channels), np.zeros(channels))
         return cls(np.array(checkpoint.thresholds), np.array(found.slope), np.array(found.offset))
 
-    def probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities of logits (C, ...): float32 of their shape, a new tensor."""
+    def probability(self, logits: torch.Tensor, channels: np.ndarray | slice = slice(None)) -> torch.Tensor:
+        """Probabilities of logits (C, ...) of these channels: float32 of their shape, a new tensor."""
         shape = (-1, *(1,) * (logits.ndim - 1))
         slope, zero = (
-            torch.as_tensor(values, dtype=torch.float32, device=logits.device).view(shape)
+            torch.as_tensor(values[channels], dtype=torch.float32, device=logits.device).view(shape)
             for values in (self.slope, self.offset - self.slope * logit(self.threshold))
         )
         return torch.addcmul(zero, logits.float(), slope).sigmoid_()
@@ -234,11 +234,16 @@ class Predictor:
                 "it; leave mirror out (from a shell: --mirror), or train with AUGMENTATION = {'flip_left_right': True}"
             )
 
-    def probabilities(self, members: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Calibrated probabilities from each network's logits (C, ...): their mean, float32 of that shape."""
+    def probabilities(
+        self, members: Sequence[torch.Tensor], channels: np.ndarray | slice = slice(None)
+    ) -> torch.Tensor:
+        """Calibrated probabilities from each network's logits (C, ...): their mean, float32 of that shape.
+
+        channels: which ones these are; all by default.
+        """
         total = None
         for logits, calibrated in zip(members, self.calibrations, strict=True):
-            probability = calibrated.probability(logits)
+            probability = calibrated.probability(logits, channels)
             total = probability if total is None else total.add_(probability)
         assert total is not None  # there is a network
         return total.div_(len(members))

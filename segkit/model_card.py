@@ -126,7 +126,7 @@ def _subjects(split: Split) -> str:
 
 
 def _validation(checkpoints: Sequence[Checkpoint]) -> str:
-    lines = ["During training (validation subjects, on the network's grid; they chose epoch and thresholds):", ""]
+    lines = ["During training (validation subjects; they chose epoch and thresholds):", ""]
     for number, one in enumerate(checkpoints, start=1):
         dice, over = one.scores.get("val_dice"), one.scores.get("val_structures")
         if _is_number(dice) and isinstance(over, int):

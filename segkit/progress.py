@@ -55,8 +55,8 @@ def sample_predictions(
 def worst_structures(history: Sequence[Mapping], count: int = 8, epochs: int = 6) -> pd.DataFrame:
     """Validation Dice of the `count` structures that are worst after the last scored epoch, over the last epochs.
 
-    A row a structure, the worst first, a column an epoch. On the network's grid, at the common threshold of each
-    epoch (`val_threshold`); structures that no validation subject holds have no row. Without a scored epoch: empty.
+    A row a structure, the worst first, a column an epoch. At the common threshold of each epoch (`val_threshold`);
+    structures that no validation subject holds have no row. Without a scored epoch: empty.
     """
     scored = [row for row in history if row["val_dice_of"]][-epochs:]
     table = pd.DataFrame({f"epoch {row['epoch']}": row["val_dice_of"] for row in scored})

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from segkit import augment
 from segkit.calibration import Reliability
 from segkit.inference import Predictor
 from segkit.segmenting import mean_of
-from segkit.slices import SliceBatch, SliceDataset, batches
 from segkit.splits import Part
 from segkit.staging import StagedSubject
+from segkit.validation import TOGETHER
 
 EDGES = np.linspace(0, 1, 11)
 LEAST = 0.01
@@ -30,7 +29,7 @@ def measure_reliability(
     most_slices: int = MOST_SLICES,
     progress: bool = False,
 ) -> dict[str, Reliability]:
-    """Compare what networks say with the reference, on the network's grid and evenly spaced slices of each part.
+    """Compare what networks say with the reference, on the own pixels of evenly spaced slices of each part.
 
     Returns two over the same pairs of a pixel and a structure that its subject annotates: "output", by the sigmoid of
     the networks' logits, and "probability", by the calibrated one, which is LEAST or more in these pairs.
@@ -41,24 +40,20 @@ def measure_reliability(
         own = part.slices(subject.shape[0])
         wanted = max(1, most_slices // len(parts))
         chosen = sorted({own[k] for k in np.linspace(0, len(own) - 1, min(wanted, len(own))).round().astype(int)})
-        only = Part(subject.name, tuple((z, z + 1) for z in chosen))
-        data = SliceDataset({subject.name: subject}, [only], predictor.label_map)
-        of_slices = (_inside(batch, predictor.target_shape) for batch in batches(data, range(len(data)), 1))
-        said = predictor.slices(subject, chosen, progress=progress)
-        for (_, members, _), (inside, annotated) in zip(said, of_slices, strict=True):
-            inside, annotated = inside.to(predictor.device), annotated.to(predictor.device)
-            outputs = mean_of([torch.sigmoid(logits.float()) for logits in members])
-            probabilities = predictor.probabilities(members)
-            chosen = (probabilities >= LEAST) & annotated[:, None, None]
-            for name, said_of in (("output", outputs), ("probability", probabilities)):
-                sums[name] += _counted(said_of[chosen], inside[chosen])
+        for place, members, way in predictor.slices(subject, chosen, progress=progress):
+            volume = subject.labels(chosen[place])
+            table, annotated = volume.on_channels(predictor.label_map)
+            codes = torch.from_numpy(volume.codes.astype(np.int64)).to(predictor.device)
+            pieces = max(1, -(-int(annotated.sum()) * codes.numel() // TOGETHER))
+            for some in np.array_split(np.flatnonzero(annotated), pieces):
+                inside = torch.from_numpy(table[:, some]).to(predictor.device).T[:, codes]
+                planes = [way.planes(logits[some]) for logits in members]
+                said = {"output": mean_of([torch.sigmoid(each) for each in planes])}
+                said["probability"] = predictor.probabilities(planes, some)
+                counted = said["probability"] >= LEAST
+                for name, values in said.items():
+                    sums[name] += _counted(values[counted], inside[counted])
     return {name: Reliability.of(each, EDGES) for name, each in sums.items()}
-
-
-def _inside(batch: SliceBatch, target_shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch of one slice: where each structure is, bool (C, H, W), and which are annotated, bool (C,)."""
-    _, targets = augment.to_network(batch, target_shape)
-    return targets.dense()[0], targets.annotated[0]
 
 
 def _counted(said: torch.Tensor, inside: torch.Tensor) -> np.ndarray:

@@ -27,6 +27,13 @@ class _Axis:
     high: np.ndarray
     share: np.ndarray  # float32, 0 to 1: how far from low to high
 
+    def weights(self, side: int) -> torch.Tensor:
+        """The same as a matrix (n, side): what each of `side` pixels of the network gives to a pixel of the slice."""
+        matrix, pixels = torch.zeros(len(self.low), side), torch.arange(len(self.low))
+        matrix[pixels, torch.from_numpy(self.low)] = torch.from_numpy(1 - self.share)
+        matrix[pixels, torch.from_numpy(self.high)] += torch.from_numpy(self.share)
+        return matrix
+
     def reach(self, highest: np.ndarray) -> slice:
         """The pixels that interpolation can raise above 0, given the highest value at each place of the network."""
         above = np.flatnonzero(highest > 0)
@@ -51,6 +58,14 @@ class WayBack:
     def whole(self, plane: np.ndarray) -> np.ndarray:
         """A plane (H, W) float32 on the slice's own pixels (Y, X)."""
         return self._part(plane, slice(None), slice(None))
+
+    def planes(self, planes: torch.Tensor) -> torch.Tensor:
+        """Planes (C, H, W) on the slice's own pixels: float32 (C, Y, X), on their device."""
+        rows, columns = (
+            axis.weights(side).to(planes.device)
+            for axis, side in zip((self.rows, self.columns), planes.shape[1:], strict=True)
+        )
+        return rows @ planes.float() @ columns.T
 
     def above(self, plane: np.ndarray) -> tuple[slice, slice, np.ndarray]:
         """The rows and columns of the slice outside of which a plane (H, W) is nowhere above 0, and its part there."""

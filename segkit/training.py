@@ -239,7 +239,7 @@ class _RunFiles:
             },
             self.record,
         )
-        content = {"epochs": history, "validation": "target grid, val split", "record": self.record}
+        content = {"epochs": history, "validation": "the scans' own grids, val split", "record": self.record}
         write_json(self.folder / "training_history.json", content)
         self._prune(history)
 

@@ -1,4 +1,8 @@
-"""Scores during training: loss, macro Dice on the network's grid, and the thresholds and probabilities that follow."""
+"""Scores during training: loss, macro Dice on the scans' own grids, and the thresholds and probabilities that follow.
+
+Scores, thresholds and probabilities are of what a prediction is judged by: logits brought back to a slice's own pixels,
+against its own labels. On the network's grid, against labels that were reduced to it, they would be of another task.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ from tqdm.auto import tqdm
 
 from segkit import augment, losses, metrics
 from segkit.calibration import Calibration, fit_calibration
-from segkit.chunks import code_members
 from segkit.devices import autocast
 from segkit.errors import DivergedError
 from segkit.labels import group_of
 from segkit.losses import ModelWithLoss
 from segkit.memory import in_parts
 from segkit.ranks import Ranks
-from segkit.slices import SliceBatch, SliceDataset, Targets, batches
+from segkit.segmenting import WayBack
+from segkit.slices import SliceBatch, SliceDataset, batches
 
 STEP = 0.25
 LEVELS = np.arange(-8, 8 + STEP, STEP)
@@ -32,8 +36,11 @@ lies far below 0.5, with them above it."""
 
 THRESHOLDS = tuple(expit(LEVELS[(LEVELS >= LOWEST) & (LEVELS <= HIGHEST)]).tolist())
 
-OTHERS = 2.0
+OTHERS = 4.0
 """As how many subjects a group counts in the threshold of a structure, and as how many structures all in a group's."""
+
+TOGETHER = 1 << 23
+"""Logits on a slice's own pixels that are counted at a time; all of a hundred structures would fill a GiB."""
 
 FEW_PIXELS = 100.0
 """A structure of so many pixels in all validation slices has half of the say that its subjects would give it."""
@@ -91,8 +98,8 @@ def validate(
         for part, mean, size, of_slices in scored:
             loss += torch.tensor([mean * size, size], dtype=torch.float64)
             wrong[part.numbers] = int(not np.isfinite(mean))
-            slices_of = part.counted.sum(1, keepdim=True)
-            annotated += (part.annotated * slices_of).sum(0) * target_shape[0] * target_shape[1]
+            pixels = part.counted.sum(1) * part.sizes.prod(1).long()
+            annotated += (part.annotated * pixels[:, None]).sum(0)
             positions = part.numbers.repeat_interleave(part.counted.sum(1)).tolist()
             for position, of_slice in zip(positions, of_slices, strict=True):
                 counts[:, subjects[data.where[order[position]][0]]] += of_slice
@@ -124,7 +131,7 @@ def _score(
         logits = model.network.head(features).float()
     targets, features, logits = targets.by_slice(features, logits)
     mean = losses.head_loss(features, model.network.head, targets, model.pos_weight, model.terms)
-    return batch, float(mean), int(losses.annotated_number(targets)), count_slices(logits, targets)
+    return batch, float(mean), int(losses.annotated_number(targets)), count_slices(logits, batch)
 
 
 def choose_thresholds(counts: np.ndarray, groups: Sequence[str]) -> tuple[int, tuple[float, ...]]:
@@ -171,25 +178,34 @@ def calibrate(
     return fit_calibration(inside, outside, middle - logit(thresholds)[:, None], groups)
 
 
-def count_slices(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """TP, FP and FN of each slice, level and channel from logits (B, C, H, W): int64 (B, L, 3, C), L of LEVELS.
+def count_slices(logits: torch.Tensor, batch: SliceBatch) -> torch.Tensor:
+    """TP, FP and FN of each slice that counts, level and channel, on its own pixels: int64 (N, L, 3, C), L of LEVELS.
 
-    0 where the channel is not annotated.
+    logits: (N, C, H, W) of these slices on the network's grid. 0 where a channel is not annotated.
     """
-    counts = [_count_slice(*sample) for sample in zip(logits, targets.codes, targets.codebook, strict=True)]
-    return torch.stack(counts) * targets.annotated[:, None, None]
+    samples = batch.counted.nonzero()[:, 0].tolist()
+    codes = (batch.codes if batch.codes.ndim == 4 else batch.codes[:, None])[batch.counted]
+    rows = []
+    for of_slice, own, sample in zip(logits, codes, samples, strict=True):
+        part = batch.at([sample])
+        y, x = part.sizes[0].int().tolist()
+        counts = _count_slice(of_slice, own[:y, :x].to(logits.device), part, WayBack(part, of_slice.shape[1:]))
+        rows.append(counts * part.annotated[0].to(logits.device))
+    return torch.stack(rows)
 
 
-def _count_slice(logits: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Of one slice: (L, 3, C). Looks only at the members of each pixel's code and at channels that rise far enough."""
-    z, channels_in_all = logits.flatten(1), len(logits)
-    channels, numbers = code_members(codebook)
-    members, present = channels[codes.flatten()], numbers[codes.flatten()]
-    of_members = z.T.gather(1, members)[present]
-    held = torch.bincount(members[present], minlength=channels_in_all)
-    rising = (z.amax(1) > LEVELS[0]).nonzero().flatten()
-    predicted = _above(z[rising], rising[:, None], channels_in_all)
-    both = _above(of_members, members[present], channels_in_all)
+def _count_slice(logits: torch.Tensor, codes: torch.Tensor, part: SliceBatch, way: WayBack) -> torch.Tensor:
+    """Of one slice, logits (C, H, W) and codes (Y, X): (L, 3, C). Looks only at channels that rise far enough."""
+    codebook, channels_in_all = part.codebook[0].to(logits.device), len(logits)
+    held = torch.bincount(codes.flatten(), minlength=len(codebook)) @ codebook.long()
+    # interpolation never rises above the highest value; where a structure is, it counts however low
+    counted = ((logits.amax((1, 2)) > LEVELS[0]) | (held > 0)).nonzero().flatten()
+    predicted, both = torch.zeros(2, len(LEVELS), channels_in_all, dtype=torch.int64, device=logits.device)
+    for some in counted.split(max(1, TOGETHER // codes.numel())):
+        planes = way.planes(logits[some]).flatten(1)
+        inside = codebook[:, some].T[:, codes.flatten().long()]
+        predicted[:, some] = _above(planes, torch.arange(len(some), device=some.device)[:, None], len(some))
+        both[:, some] = _above(planes[inside], inside.nonzero()[:, 0], len(some))
     return torch.stack([both, predicted - both, held - both], 1)
 
 
