@@ -140,7 +140,7 @@ def choose_thresholds(counts: np.ndarray, groups: Sequence[str]) -> tuple[int, t
     A channel's own best threshold rests on the few subjects that hold the structure, and in them on a few pixels where
     it is small; so it is drawn, in logits, towards that of its group, which in turn is drawn towards what is best for
     all. The group counts like OTHERS subjects; subjects that hold FEW_PIXELS together like half as many. A channel that
-    no subject holds gets the threshold of its group.
+    no subject holds, or that was never found, gets the threshold of its group.
 
     Args:
         counts: (T, subjects, 3, C), TP, FP and FN at each of THRESHOLDS.
@@ -153,17 +153,26 @@ def choose_thresholds(counts: np.ndarray, groups: Sequence[str]) -> tuple[int, t
     means = np.nan_to_num([macro_dice(at)[0] for at in counts])
     if not means.any():
         return THRESHOLDS.index(0.5), (0.5,) * len(groups)
-    best, logits, held = int(np.argmax(means)), logit(THRESHOLDS), ~np.isnan(per_channel[0])
+    best, held = int(np.argmax(means)), ~np.isnan(per_channel[0])
     pixels = counts[0, :, 0] + counts[0, :, 2]  # (subjects, C)
     subjects, told = (pixels > 0).sum(0), pixels.sum(0) / (pixels.sum(0) + FEW_PIXELS)
     of_group = np.zeros(len(groups))
     for group in dict.fromkeys(groups):
         own = np.array([name == group for name in groups])
         curve = per_channel[:, own & held] @ told[own & held] + OTHERS * means
-        of_group[own] = logits[np.argmax(curve)]
-    of_channel = logits[np.nan_to_num(per_channel).argmax(0)]
+        of_group[own] = _where_highest(curve[:, None])[0]
+    learned = np.nan_to_num(per_channel).any(0)  # else no threshold is better than another
+    of_channel = np.where(learned, _where_highest(np.nan_to_num(per_channel)), of_group)
     chosen = (subjects * told * of_channel + OTHERS * of_group) / (subjects * told + OTHERS)
     return best, tuple(expit(chosen).tolist())
+
+
+def _where_highest(curves: np.ndarray) -> np.ndarray:
+    """The logit at which each curve (T, n) is highest, the middle of those at which it is: (n,)."""
+    highest = curves >= curves.max(0) - 1e-12
+    first, last = highest.argmax(0), len(curves) - 1 - highest[::-1].argmax(0)
+    logits = logit(THRESHOLDS)
+    return (logits[first] + logits[last]) / 2
 
 
 def calibrate(

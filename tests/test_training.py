@@ -278,6 +278,19 @@ def test_a_few_pixels_of_one_subject_do_not_choose_a_threshold():
     assert logits_of(thresholds)[3] < 0.15
 
 
+def test_what_was_never_found_gets_the_threshold_of_its_group_and_a_plateau_its_middle():
+    """At no threshold is a Dice of 0 better than at another; the lowest one would call half of the scan by its name."""
+    counts = np.concatenate([curves(-1, -1, -1), curves(0, 0)], 3)
+    counts[:, :, 0, 3], counts[:, :, 2, 3] = 0, 900
+    flat = (np.array(logits_of(THRESHOLDS)) >= 0.99) & (np.array(logits_of(THRESHOLDS)) <= 3.01)
+    counts[:, :, 1, 4] = np.where(flat, 0, 900)[:, None]
+    _, thresholds = choose_thresholds(counts, ["one"] * 4 + ["other"])
+    found = logits_of(thresholds)
+    assert found[:4] == pytest.approx([-1] * 4)
+    weight = 2 * 1800 / 1900
+    assert found[4] == pytest.approx((weight * 2 + 4 * 1) / (weight + 4))  # 1 to 3; its group, with all others: 1
+
+
 def test_the_best_threshold_may_lie_far_below_one_half():
     """Of a loss without positive weights it does: 0.02 was best where no less than 0.3 had been tried."""
     best, thresholds = choose_thresholds(curves(-3.5, -3.5), ["one", "one"])
