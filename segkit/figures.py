@@ -215,7 +215,7 @@ def plot_reliability(reliability: Mapping[str, Reliability], split: str) -> Figu
     for (name, found), (color, marker) in zip(reliability.items(), ((ORANGE, "s"), (BLUE, "o")), strict=True):
         label = f"{SAID[name]}: expected calibration error {found.expected_error:.3f}"
         axes.plot(found.said, found.inside, color=color, marker=marker, ms=5, lw=1.6, label=label)
-        counts.stairs(found.number, found.edges, color=color, lw=1.6)
+        counts.stairs(found.number, found.edges, color=color, lw=1.6, baseline=None)
     axes.set(ylabel="share that is inside", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(f"Reliability, {split} split (dotted: what is said is so)", fontsize=10)
     axes.legend(fontsize=8, loc="upper left", frameon=False)

@@ -207,24 +207,23 @@ def _count_slice(logits: torch.Tensor, codes: torch.Tensor, part: SliceBatch, wa
     """Of one slice, logits (C, H, W) and codes (Y, X): (L, 3, C). Looks only at channels that rise far enough."""
     codebook, channels_in_all = part.codebook[0].to(logits.device), len(logits)
     held = torch.bincount(codes.flatten(), minlength=len(codebook)) @ codebook.long()
-    # interpolation never rises above the highest value; where a structure is, it counts however low
-    counted = ((logits.amax((1, 2)) > LEVELS[0]) | (held > 0)).nonzero().flatten()
+    # interpolation never rises above the highest value
+    counted = (logits.amax((1, 2)) > LEVELS[0]).nonzero().flatten()
     predicted, both = torch.zeros(2, len(LEVELS), channels_in_all, dtype=torch.int64, device=logits.device)
     for some in counted.split(max(1, TOGETHER // codes.numel())):
         planes = way.planes(logits[some]).flatten(1)
-        inside = codebook[:, some].T[:, codes.flatten().long()]
-        predicted[:, some] = _above(planes, torch.arange(len(some), device=some.device)[:, None], len(some))
-        both[:, some] = _above(planes[inside], inside.nonzero()[:, 0], len(some))
+        channel, pixel = (planes > LEVELS[0]).nonzero(as_tuple=True)  # of a trained network few
+        values, inside = planes[channel, pixel], codebook[codes.flatten()[pixel].long(), some[channel]]
+        predicted[:, some] = _above(values, channel, len(some))
+        both[:, some] = _above(values[inside], channel[inside], len(some))
     return torch.stack([both, predicted - both, held - both], 1)
 
 
 def _above(logits: torch.Tensor, channels: torch.Tensor, channels_in_all: int) -> torch.Tensor:
-    """How many logits of each channel lie above each of LEVELS, int64 (L, C); `channels` broadcast to `logits`."""
-    # in which gap between two levels, counted from the lowest; what is NaN, and will be an error, in none
-    gap = ((logits - LEVELS[0]) / STEP).ceil_().clamp_(0, len(LEVELS)).nan_to_num_(0)
-    gaps = len(LEVELS) + 1
-    number = torch.bincount((gap.long() + channels * gaps).flatten(), minlength=channels_in_all * gaps)
-    return number.view(channels_in_all, gaps)[:, 1:].flip(1).cumsum(1).flip(1).T
+    """How many logits (n,), each of a channel (n,) and above the lowest of LEVELS, lie above each: int64 (L, C)."""
+    gap = ((logits - LEVELS[0]) / STEP).ceil_().clamp_(1, len(LEVELS)).long() - 1  # after which level
+    number = torch.bincount(gap + channels * len(LEVELS), minlength=channels_in_all * len(LEVELS))
+    return number.view(channels_in_all, len(LEVELS)).flip(1).cumsum(1).flip(1).T
 
 
 def macro_dice(counts: np.ndarray) -> tuple[float, int]:
