@@ -214,7 +214,7 @@ def evaluate(
     evaluated = evaluation.evaluate(predictor, data.staged, parts, split, kept, scoring)
     through = evaluation.evaluate_round_trip(data.staged, parts, split, data.label_map, predictor.target_shape, scoring)
     results = report.Report(evaluated, data, output_dir, kept)
-    said = reliability.measure_reliability(predictor, data.staged, parts)
+    said = reliability.measure_reliability(predictor, data.staged, parts, progress=True)
     files = results.everything(through, [one.path for one in loaded], said, threshold)
     print(*files, report.headline(results.outcome), sep="\n")
 

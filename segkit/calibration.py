@@ -59,7 +59,7 @@ def fit_calibration(
         inside: int (C, bins), pixels of each channel inside of its structure, by the bin of their logit.
         outside: int (C, bins), those outside.
         distance: float (C, bins), logit in the middle of a bin less the channel's threshold.
-        groups: of each channel; a group without pixels gets what fits all of them.
+        groups: of each channel; a group without a pixel inside gets what fits all of them.
 
     Returns:
         A pair for each channel, the same within a group; slope 1 and offset 0 where no structure has a pixel inside.
@@ -72,7 +72,8 @@ def fit_calibration(
     fitted = {}
     for group in dict.fromkeys(groups):
         own = np.array([name == group for name in groups])
-        fitted[group] = _fit(inside[own], outside[own], distance[own], common, PRIOR_PIXELS)
+        held = inside[own].any()
+        fitted[group] = _fit(inside[own], outside[own], distance[own], common, PRIOR_PIXELS) if held else common
     slope, offset = np.array([fitted[group] for group in groups]).T
     return Calibration(tuple(np.exp(slope).tolist()), tuple(offset.tolist()))
 

@@ -211,19 +211,30 @@ def open_run(
     source = (run if model is None else model.path.parent) / "split.json"
     learned = of_run.learned if model is None else learned_by(source)
     split, seen = without_seen_by_name(split, ct_bytes, learned, source)
-    split = replace(split, test=split.test[:max_subjects])
-    names = {part.subject for part in split.test}
-    tested = [subject for subject in subjects if subject.name in names]
-    if len(tested) < len(names):
-        gone = sorted(names - {subject.name for subject in tested})
+    gone = sorted({part.subject for part in split.test[:max_subjects]} - {subject.name for subject in subjects})
+    if gone:
         raise SegkitError(f"{folder}: test subjects of {run / 'split.json'} are missing: {', '.join(gone[:5])}")
-    staged, left_out = stage(tested, stage_dir, jobs, progress)
-    by_name = {subject.name: subject for subject in staged}
-    split = replace(split, test=tuple(part for part in split.test if part.subject in by_name))
-    checksums = {subject.name: subject.checksums for subject in staged}
-    split, seen_content = without_seen(split, checksums, learned, source)
-    by_name = {part.subject: by_name[part.subject] for part in split.test}
-    return Data(folder, by_name, split, label_map, problems + seen + left_out + seen_content)
+    by_name: dict[str, StagedSubject] = {}
+    looked_at: tuple[Part, ...] = ()
+    left_out: list[Finding] = []
+    seen_content: list[Finding] = []
+    unseen = replace(split, test=())
+    wanted = len(split.test) if max_subjects is None else max_subjects
+    while len(unseen.test) < wanted and len(looked_at) < len(split.test):  # again where the model has seen some
+        more = split.test[len(looked_at) :][: wanted - len(unseen.test)]
+        names = {part.subject for part in more}
+        staged, lost = stage([subject for subject in subjects if subject.name in names], stage_dir, jobs, progress)
+        by_name |= {subject.name: subject for subject in staged}
+        looked_at, left_out = looked_at + more, left_out + lost
+        usable = replace(split, test=tuple(part for part in looked_at if part.subject in by_name))
+        checksums = {name: subject.checksums for name, subject in by_name.items()}
+        try:
+            unseen, seen_content = without_seen(usable, checksums, learned, source)
+        except SegkitError:  # all of them; others may follow
+            if len(looked_at) == len(split.test):
+                raise
+    by_name = {part.subject: by_name[part.subject] for part in unseen.test}
+    return Data(folder, by_name, unseen, label_map, problems + seen + left_out + seen_content)
 
 
 def _there(path: Path) -> Path:

@@ -100,11 +100,7 @@ class Predictor:
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SegkitError(f"BATCH_SIZE = {batch_size!r}: expected a whole number of 1 or more")
-        if np.size(threshold) not in (1, len(label_map)):
-            raise SegkitError(
-                f"THRESHOLD: expected one, or one for each of {len(label_map)}; found {np.size(threshold)}"
-            )
-        thresholds = np.broadcast_to(_checked(threshold), len(label_map))
+        thresholds = _checked(threshold, len(label_map))
         self.asked_device = device
         self.device = pick_device(device)
         models = [model] if isinstance(model, nn.Module) else list(model)
@@ -157,7 +153,8 @@ class Predictor:
 
         Of an ensemble, where its mean logit exceeds the mean of what that probability is in its members' logits.
         """
-        limits = [calibrated.logit_of(logit(_checked(probability))) for calibrated in self.calibrations]
+        asked = logit(_checked(probability, len(self.label_map)))
+        limits = [calibrated.logit_of(asked) for calibrated in self.calibrations]
         self.logit_thresholds = torch.tensor(np.mean(limits, 0), dtype=torch.float32)
 
     def __getstate__(self) -> dict:
@@ -348,12 +345,17 @@ class Predictor:
         return logits.index_copy(1, torch.tensor(paired, device=self.device), both)
 
 
-def _checked(threshold: float | Sequence[float]) -> np.ndarray:
-    """THRESHOLD as an array. Raises SegkitError unless all lie between 0 and 1."""
+def _checked(threshold: float | Sequence[float], channels: int) -> np.ndarray:
+    """THRESHOLD for each of `channels`. Raises SegkitError unless it is one or as many, each between 0 and 1."""
     thresholds = np.asarray(threshold, float)
+    if thresholds.ndim > 1 or thresholds.size not in (1, channels):
+        raise SegkitError(
+            f"THRESHOLD: expected one, or one for each of {channels} structures; found an array of the shape "
+            f"{thresholds.shape}"
+        )
     if not ((thresholds > 0) & (thresholds < 1)).all():
         raise SegkitError(f"THRESHOLD = {threshold!r}: expected a probability between 0 and 1")
-    return thresholds
+    return np.broadcast_to(thresholds, channels)
 
 
 def _mean_thresholds(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ one scan is a piece of another.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from segkit.untrusted import read_json
 COMMON_SLICES = 3
 """From so many slices in common on two scans are one, or pieces of one. Checksums of 32 bits agree by chance: among
 those of 1,228 scans some pairs of single slices do, three of the same two scans do not."""
+
+_HEX = re.compile(r"(?:[0-9a-f]{8})*")
 
 Checksums = Mapping[str, Sequence[int]]
 """Of each subject the CRC-32 of each of its slices, as the store has them."""
@@ -48,36 +51,41 @@ class Learned:
         return (*self.split.train, *self.split.val) if chosen_by else self.split.train
 
 
-def copies(
-    parts: Iterable[Part], others: Iterable[Part], checksums: Checksums, of_others: Checksums
-) -> dict[Part, Part]:
-    """Which of `parts` has COMMON_SLICES slices or more in common with one of `others`: part -> the first such one.
+class Known:
+    """Parts of scans by the checksums of their slices, to be asked which of them another one is a copy of.
 
-    Of scans of fewer slices all of them. A slice that comes twice in its scan, as those without anything do, is none
-    that a scan is known by. Subjects without checksums are not found.
+    A slice that comes twice in its scan, as those without anything do, is none that a scan is known by.
     """
-    known: dict[int, list[Part]] = defaultdict(list)
-    sizes = {}
-    for other in others:
-        slices = _telling(other, of_others)
-        sizes[other] = len(slices)
-        for each in slices:
-            known[each].append(other)
-    found = {}
-    for part in parts:
-        slices = _telling(part, checksums)
-        common = Counter(other for each in slices for other in known.get(each, ()))
-        enough = [other for other, number in common.items() if number >= min(COMMON_SLICES, len(slices), sizes[other])]
-        if enough:
-            found[part] = enough[0]
-    return found
+
+    def __init__(self, checksums: Checksums, parts: Iterable[Part] = ()):
+        self.checksums = checksums
+        self._parts: dict[Part, int] = {}  # with how many slices make a copy of it
+        self._with: dict[int, list[Part]] = defaultdict(list)
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: Part) -> None:
+        """Know one more part. Subjects without checksums are never found."""
+        slices, enough = _telling(part, self.checksums)
+        if part not in self._parts:
+            self._parts[part] = enough
+            for each in slices:
+                self._with[each].append(part)
+
+    def same_as(self, part: Part, checksums: Checksums) -> Part | None:
+        """The first known part with COMMON_SLICES slices in common with `part`; of fewer slices, with all of them."""
+        slices, enough = _telling(part, checksums)
+        common = Counter(other for each in slices for other in self._with.get(each, ()))
+        found = {other for other, number in common.items() if number >= min(enough, self._parts[other])}
+        return next((other for other in self._parts if other in found), None) if found else None
 
 
-def _telling(part: Part, checksums: Checksums) -> set[int]:
-    """The checksums of the slices of a part that come once in their scan."""
+def _telling(part: Part, checksums: Checksums) -> tuple[set[int], int]:
+    """The checksums of the slices of a part that come once in their scan; how many of them make a copy."""
     own = checksums.get(part.subject, ())
     once = {each for each, number in Counter(own).items() if number == 1}
-    return {own[z] for z in part.slices(len(own))} & once
+    slices = part.slices(len(own))
+    return {own[z] for z in slices} & once, max(1, min(COMMON_SLICES, len(slices)))
 
 
 def without_copies(split: Split, checksums: Checksums) -> tuple[Split, list[Finding]]:
@@ -94,9 +102,12 @@ def without_copies(split: Split, checksums: Checksums) -> tuple[Split, list[Find
 
     def apart(name: str, parts: tuple[Part, ...], judges: Iterable[Part]) -> tuple[Part, ...]:
         others = dict.fromkeys(judges)
-        found = copies([part for part in parts if part not in others], others, checksums, checksums)
-        left = tuple(part for part in parts if part not in found)
-        for part, other in found.items():
+        known = Known(checksums, others)
+        same = {part: known.same_as(part, checksums) for part in parts if part not in others}
+        left = tuple(part for part in parts if same.get(part) is None)
+        for part, other in same.items():
+            if other is None:
+                continue
             kept = f"nothing else is there for {name}, so it stays, and scores are too good"
             note(part, other, f"left out of {name}" if left else kept)
         return left or parts
@@ -104,9 +115,12 @@ def without_copies(split: Split, checksums: Checksums) -> tuple[Split, list[Find
     val = apart("validation", split.val, split.test)
     train = apart("training", split.train, (*split.test, *val))
     for name, parts in (("training", train), ("validation", val), ("the test", split.test)):
-        for number, part in enumerate(parts):
-            for other in copies([part], parts[:number], checksums, checksums).values():
+        known = Known(checksums)
+        for part in parts:
+            other = known.same_as(part, checksums)
+            if other is not None:
                 note(part, other, f"it counts twice in {name}")
+            known.add(part)
     return replace(split, train=train, val=val), findings
 
 
@@ -145,8 +159,8 @@ def read_split(path: Path, remedy: str = "train again") -> RunSplit:
 def _learned(content: Mapping, path: Path) -> Learned:
     checksums = {}
     for name, text in content.get("checksums", {}).items():
-        if len(text) % 8:
-            raise ValueError(f"checksums of {str(name)[:60]}: {len(text)} digits")
+        if not isinstance(text, str) or not _HEX.fullmatch(text):
+            raise ValueError(f"checksums of {str(name)[:60]}: expected eight hexadecimal digits for each slice")
         checksums[name] = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
     return Learned({**content["ct_bytes"]}, Split.from_json(content, str(path)), checksums)
 
@@ -167,11 +181,20 @@ def without_seen(
     nothing is left.
     """
     seen: dict[Part, str] = {}
-    for each in filter(None, learned):
+    names = set[str]()
+    for each in learned:
+        if each is None or not each.checksums:
+            continue
         taken = each.parts(chosen_by=split.test_name != "val")
-        found = copies(split.test, taken, checksums, each.checksums)
-        seen |= {part: other.subject for part, other in found.items()}
-    return _without(split, seen, source)
+        known = Known(each.checksums, taken)
+        for part in split.test:
+            other = known.same_as(part, checksums)
+            if other is not None:
+                seen[part] = other.subject
+            elif any(part.meets(own) for own in taken):
+                names.add(part.subject)
+    split, findings = _without(split, seen, source)
+    return split, findings + _alike(names, "with another content")
 
 
 def without_seen_by_name(
@@ -199,13 +222,18 @@ def without_seen_by_name(
             elif any(part.meets(other) for other in namesakes):
                 seen[part] = part.subject
     split, left_out = _without(split, seen, source)
-    if alike:
-        text = (
-            f"{len(alike)} test subjects are called like training subjects, such as {min(alike)}, with CT files of "
-            "another size: taken for other scans. If they are the same ones, written anew, scores are too good"
-        )
-        left_out.append(Finding("", "warning", "names of training", text))
-    return split, findings + left_out
+    return split, findings + left_out + _alike(alike, "with CT files of another size")
+
+
+def _alike(names: set[str], how: str) -> list[Finding]:
+    """A finding about test subjects that have the names of training subjects, and are not the same scans."""
+    if not names:
+        return []
+    text = (
+        f"{len(names)} test subjects are called like training subjects, such as {min(names)}, {how}: taken for other "
+        "scans. If they are the same ones, written anew or resampled, scores are too good"
+    )
+    return [Finding("", "warning", "names of training", text)]
 
 
 def _without(split: Split, seen: Mapping[Part, str], source: Path) -> tuple[Split, list[Finding]]:

@@ -89,19 +89,8 @@ class Trainer:
         if state.contents is None:
             if self.ranks.first:
                 print(f"{path}: from an earlier version: whether the data are those that it began with is not known")
-        elif state.contents != (own := self._contents()):
-            texts = {"ct": "the CT", "labels": "the labels"}
-            changes = [
-                f"{texts[kind]} of {subject}"
-                for subject in own
-                for kind in texts
-                if state.contents.get(subject, {}).get(kind) != own[subject][kind]
-            ]
-            raise SegkitError(
-                f"{path}: cannot be resumed, the data have changed since: {', '.join(changes[:6])}"
-                f"{f' and {len(changes) - 6} more' if changes[6:] else ''}; put the files back as they were, or set "
-                "RESUME = False (INIT_CHECKPOINT then starts from what was learned)"
-            )
+        else:
+            self._refuse_changed_data(state.contents, path)
         try:
             self.learner.restore(**state.learner)
         except Exception as error:  # torch raises many kinds for what does not fit
@@ -110,13 +99,28 @@ class Trainer:
         self.history, self.place, self.seen, self.seconds = state.history, state.place, state.seen, state.seconds
         self.thresholds = tuple(state.thresholds)
         if state.calibration is not None:
-            self.calibration = Calibration(*map(tuple, state.calibration.values()))
+            self.calibration = Calibration.from_json(state.calibration, len(state.label_map))
         started = state.settings.get("init_checkpoint")
         asked = self.settings.init_checkpoint
         if asked is not None and str(asked) != str(started) and self.ranks.first:
             print(f"INIT_CHECKPOINT = {asked}: left out, this training goes on as it started (RESUME)")
         # checkpoints and what is shared say what it started from
         self.settings = replace(self.settings, init_checkpoint=None if started is None else str(started))
+
+    def _refuse_changed_data(self, before: dict[str, dict[str, str]], path: Path) -> None:
+        """SegkitError that names which CT and labels differ from what a training began with."""
+        changes = [
+            f"{'the CT' if kind == 'ct' else 'the labels'} of {subject}"
+            for subject, own in self._contents().items()
+            for kind, content in own.items()
+            if before.get(subject, {}).get(kind) != content
+        ]
+        if changes:
+            more = f" and {len(changes) - 6} more" if changes[6:] else ""
+            raise SegkitError(
+                f"{path}: cannot be resumed, the data have changed since: {', '.join(changes[:6])}{more}; put the "
+                "files back as they were, or set RESUME = False (INIT_CHECKPOINT then starts from what was learned)"
+            )
 
     def epoch(self, save: Callable[[], object], interrupts: Interrupts, progress: bool) -> None:
         """Train what is left of the running epoch, validate, and add its row to the history.

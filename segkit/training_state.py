@@ -66,21 +66,28 @@ def _wrong_in_state(state: TrainingState) -> str | None:
             return f"{name} is {type(getattr(state, name)).__name__}"
     if state.slices < 0 or state.place < 0 or not 0 <= state.seconds < math.inf:
         return "a number below 0, or without end"
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (*state.seen, *state.thresholds)):
-        return "a loss or a threshold that is no number"
+    if not all(isinstance(value, float) and math.isfinite(value) for value in state.seen):
+        return "a loss that is no number"
+    if not all(isinstance(value, float) and 0 < value < 1 for value in state.thresholds):
+        return "a threshold that is not between 0 and 1"
+    if len(state.thresholds) not in (0, len(state.label_map)):
+        return f"{len(state.thresholds)} thresholds for {len(state.label_map)} structures"
     for number, row in enumerate(state.history, start=1):
         if not isinstance(row, dict) or row.get("epoch") != number or not is_score(row.get("val_dice", "")):
             return "a history that is none"
+    return _wrong_elsewhere(state) or _wrong_in_learner(state.learner)
+
+
+def _wrong_elsewhere(state: TrainingState) -> str | None:
+    """What in the calibration and the contents of subjects cannot be; None where all can, and where there are none."""
     if state.calibration is not None:
         try:
             Calibration.from_json(state.calibration, len(state.label_map))
         except ValueError as error:
             return f"calibration: {error}"
-    if state.contents is not None and not (
-        isinstance(state.contents, dict) and all(isinstance(each, dict) for each in state.contents.values())
-    ):
-        return "contents of subjects that are none"
-    return _wrong_in_learner(state.learner)
+    contents = {} if state.contents is None else state.contents
+    usable = isinstance(contents, dict) and all(isinstance(each, dict) for each in contents.values())
+    return None if usable else "contents of subjects that are none"
 
 
 def _wrong_in_learner(learner: dict) -> str | None:

@@ -153,26 +153,28 @@ def choose_thresholds(counts: np.ndarray, groups: Sequence[str]) -> tuple[int, t
     means = np.nan_to_num([macro_dice(at)[0] for at in counts])
     if not means.any():
         return THRESHOLDS.index(0.5), (0.5,) * len(groups)
-    best, held = int(np.argmax(means)), ~np.isnan(per_channel[0])
+    best, held, logits = int(_where_highest(means[:, None])[0]), ~np.isnan(per_channel[0]), logit(THRESHOLDS)
     pixels = counts[0, :, 0] + counts[0, :, 2]  # (subjects, C)
     subjects, told = (pixels > 0).sum(0), pixels.sum(0) / (pixels.sum(0) + FEW_PIXELS)
     of_group = np.zeros(len(groups))
     for group in dict.fromkeys(groups):
         own = np.array([name == group for name in groups])
         curve = per_channel[:, own & held] @ told[own & held] + OTHERS * means
-        of_group[own] = _where_highest(curve[:, None])[0]
+        of_group[own] = logits[_where_highest(curve[:, None])[0]]
     learned = np.nan_to_num(per_channel).any(0)  # else no threshold is better than another
-    of_channel = np.where(learned, _where_highest(np.nan_to_num(per_channel)), of_group)
+    of_channel = np.where(learned, logits[_where_highest(np.nan_to_num(per_channel))], of_group)
     chosen = (subjects * told * of_channel + OTHERS * of_group) / (subjects * told + OTHERS)
     return best, tuple(expit(chosen).tolist())
 
 
 def _where_highest(curves: np.ndarray) -> np.ndarray:
-    """The logit at which each curve (T, n) is highest, the middle of those at which it is: (n,)."""
-    highest = curves >= curves.max(0) - 1e-12
-    first, last = highest.argmax(0), len(curves) - 1 - highest[::-1].argmax(0)
-    logits = logit(THRESHOLDS)
-    return (logits[first] + logits[last]) / 2
+    """Where each curve (T, n) is highest, in the middle of the longest stretch over which it is: places, int64 (n,)."""
+    places = []
+    for curve in curves.T:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], curve >= curve.max() - 1e-12, [0]])))
+        start, stop = max(edges.reshape(-1, 2), key=lambda stretch: stretch[1] - stretch[0])
+        places.append((start + stop - 1) // 2)
+    return np.array(places, np.int64)
 
 
 def calibrate(
@@ -206,7 +208,7 @@ def count_slices(logits: torch.Tensor, batch: SliceBatch) -> torch.Tensor:
 def _count_slice(logits: torch.Tensor, codes: torch.Tensor, part: SliceBatch, way: WayBack) -> torch.Tensor:
     """Of one slice, logits (C, H, W) and codes (Y, X): (L, 3, C). Looks only at channels that rise far enough."""
     codebook, channels_in_all = part.codebook[0].to(logits.device), len(logits)
-    held = torch.bincount(codes.flatten(), minlength=len(codebook)) @ codebook.long()
+    held = (torch.bincount(codes.flatten(), minlength=len(codebook))[:, None] * codebook).sum(0)
     # interpolation never rises above the highest value
     counted = (logits.amax((1, 2)) > LEVELS[0]).nonzero().flatten()
     predicted, both = torch.zeros(2, len(LEVELS), channels_in_all, dtype=torch.int64, device=logits.device)

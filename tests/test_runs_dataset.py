@@ -14,7 +14,7 @@ from test_training import SMALL
 from segkit import dataset, runs
 from segkit.errors import SegkitError, SubjectError
 from segkit.locks import alone
-from segkit.seen import Learned, RunSplit, read_split
+from segkit.seen import Known, Learned, RunSplit, read_split, without_copies
 from segkit.splits import Part, Split, make_split
 from segkit.training import train
 
@@ -315,6 +315,46 @@ def test_scans_are_known_again_whatever_they_are_called(phantom_data, tmp_path):
     assert data.split.test == (Part("unseen"),) and set(data.staged) == {"unseen"}
     [finding] = data.problems
     assert finding.kind == "seen in training" and "3 of 4 test subjects" in str(finding)
+    one = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "renamed", max_subjects=1, progress=False)
+    assert one.split.test == (Part("unseen"),)  # the last one: those before it do not count
+
+
+def test_scans_that_only_resemble_those_of_training_are_named(phantom_data, tmp_path):
+    """The same names, each voxel one HU higher, as of data that were converted anew: nobody can know."""
+    run_of(phantom_data, tmp_path)
+    shutil.copytree(phantom_data.folder, tmp_path / "again", ignore=shutil.ignore_patterns("meta.csv"))
+    for path in (tmp_path / "again").rglob("ct.nii.gz"):
+        image = nib.load(path)
+        changed = (np.asarray(image.dataobj) + 1).astype(image.get_data_dtype())
+        nib.save(nib.Nifti1Image(changed, image.affine, image.header), path)
+    data = dataset.open_run(tmp_path, tmp_path / "staged", tmp_path / "again", progress=False)
+    [finding] = data.problems
+    assert finding.kind == "names of training" and "another" in str(finding)
+
+
+def test_copies_are_found_among_many_subjects_at_once():
+    """600 subjects of 300 slices: one pass; looking at each pair takes minutes."""
+    random = np.random.default_rng(0)
+    checksums = {f"s{k:04d}": random.integers(0, 2**32, 300).tolist() for k in range(600)}
+    checksums["s0599"][100:103] = checksums["s0000"][7:10]
+    checksums["s0598"][100:102] = checksums["s0001"][7:9]  # two may be chance
+    parts = tuple(map(Part, checksums))
+    split, findings = without_copies(Split(parts[:500], parts[500:550], parts[550:], "by hand"), checksums)
+    assert [part.subject for part in parts if part not in (*split.train, *split.val, *split.test)] == ["s0000"]
+    assert [finding.subject for finding in findings] == ["s0000"]
+    known = Known(checksums, parts[:10])
+    assert known.same_as(Part("x"), {"x": [5, 5, 5, checksums["s0003"][0]]}) is None  # one slice of four
+
+
+@pytest.mark.parametrize("wrong", ["+000000a", "0x00000a", "00_00_0a", "0000000A", "123", {}, [1], None, 5])
+def test_checksums_that_are_none_are_refused(phantom_data, tmp_path, wrong):
+    content = RunSplit(phantom_data.folder.resolve(), phantom_data.learned()).to_json()
+    content["checksums"] = {"s0000": wrong}
+    runs.write_json(tmp_path / "split.json", content)
+    with pytest.raises(
+        SegkitError, match=r"split\.json: damaged \(checksums of s0000: expected eight hexadecimal digits"
+    ):
+        read_split(tmp_path / "split.json")
 
 
 def test_a_scan_in_two_parts_of_one_data_set_is_in_the_one_that_judges(phantom_data, tmp_path):
