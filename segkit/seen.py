@@ -37,10 +37,13 @@ class Learned:
     split: Split
     checksums: Checksums = field(default_factory=dict)
 
-    def to_json(self) -> dict:
-        """Plain types for `split.json`; checksums as eight hexadecimal digits each."""
-        checksums = {name: "".join(f"{each:08x}" for each in own) for name, own in self.checksums.items()}
-        return {"ct_bytes": self.ct_bytes, "checksums": checksums, **self.split.to_json()}
+    def to_json(self, known: Checksums | None = None) -> dict:
+        """Plain types for `split.json`; checksums as eight hexadecimal digits each, without those that are `known`."""
+        content = {"ct_bytes": self.ct_bytes, **self.split.to_json()}
+        if self.checksums:
+            left = {name: own for name, own in self.checksums.items() if (known or {}).get(name) != own}
+            content["checksums"] = {name: "".join(f"{each:08x}" for each in own) for name, own in left.items()}
+        return content
 
     def is_same(self, subject: str, ct_bytes: Mapping[str, int]) -> bool:
         """Whether the subject of a data set with these CT files is the one of that name here."""
@@ -139,7 +142,8 @@ class RunSplit:
 
     def to_json(self) -> dict:
         """Plain types for `split.json`."""
-        earlier = [None if each is None else each.to_json() for each in self.earlier]
+        # trainings one after the other on the same scans keep their checksums once
+        earlier = [None if each is None else each.to_json(self.own.checksums) for each in self.earlier]
         return {"data_dir": str(self.data_dir), **self.own.to_json(), "earlier": earlier}
 
 
@@ -147,8 +151,9 @@ def read_split(path: Path, remedy: str = "train again") -> RunSplit:
     """The reverse of `RunSplit.to_json`. Raises SegkitError that names `path` and ends with `remedy` for all else."""
     content = read_json(path, remedy)
     try:
-        earlier = tuple(None if each is None else _learned(each, path) for each in content.get("earlier", []))
-        run = RunSplit(Path(content["data_dir"]), _learned(content, path), earlier)
+        own = _learned(content, path)
+        earlier = [None if each is None else _learned(each, path, own.checksums) for each in content.get("earlier", [])]
+        run = RunSplit(Path(content["data_dir"]), own, tuple(earlier))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SegkitError(f"{path}: damaged ({error}); {remedy}") from error
     if not run.own.split.test:
@@ -156,13 +161,17 @@ def read_split(path: Path, remedy: str = "train again") -> RunSplit:
     return run
 
 
-def _learned(content: Mapping, path: Path) -> Learned:
-    checksums = {}
+def _learned(content: Mapping, path: Path, known: Checksums | None = None) -> Learned:
+    split = Split.from_json(content, str(path))
+    checksums: dict[str, Sequence[int]] = {}
     for name, text in content.get("checksums", {}).items():
         if not isinstance(text, str) or not _HEX.fullmatch(text):
             raise ValueError(f"checksums of {str(name)[:60]}: expected eight hexadecimal digits for each slice")
         checksums[name] = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
-    return Learned({**content["ct_bytes"]}, Split.from_json(content, str(path)), checksums)
+    if known and "checksums" in content:
+        used = (part.subject for part in (*split.train, *split.val))
+        checksums = {**{name: known[name] for name in used if name in known}, **checksums}
+    return Learned({**content["ct_bytes"]}, split, checksums)
 
 
 def learned_by(path: Path, remedy: str = "train again") -> tuple[Learned | None, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from segkit.errors import SegkitError, printable
 
-MOST_JSON = 1 << 27
+MOST_JSON = 1 << 25
 """Bytes of a JSON file. The largest that segkit writes is split.json: 2.4 kB of checksums a subject and training."""
 
 

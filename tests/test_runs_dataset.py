@@ -346,6 +346,21 @@ def test_copies_are_found_among_many_subjects_at_once():
     assert known.same_as(Part("x"), {"x": [5, 5, 5, checksums["s0003"][0]]}) is None  # one slice of four
 
 
+def test_checksums_of_trainings_on_the_same_scans_are_written_once(phantom_data, tmp_path):
+    """Ten of them, as of somebody who goes on with their own model again and again; one on other scans, one old."""
+    own = phantom_data.learned()
+    [name, *_] = own.checksums
+    other = replace(own, checksums={**own.checksums, name: [1, 2, 3]})
+    older = replace(own, checksums={})
+    alone = RunSplit(phantom_data.folder.resolve(), own)
+    written = replace(alone, earlier=(*[own] * 10, other, older, None))
+    for run, file in ((alone, "alone.json"), (written, "split.json")):
+        runs.write_json(tmp_path / file, run.to_json())
+        assert read_split(tmp_path / file) == run
+    once, many = ((tmp_path / file).stat().st_size for file in ("alone.json", "split.json"))
+    assert many < once + 12 * 3000  # names and sizes of files alone
+
+
 @pytest.mark.parametrize("wrong", ["+000000a", "0x00000a", "00_00_0a", "0000000A", "123", {}, [1], None, 5])
 def test_checksums_that_are_none_are_refused(phantom_data, tmp_path, wrong):
     content = RunSplit(phantom_data.folder.resolve(), phantom_data.learned()).to_json()
