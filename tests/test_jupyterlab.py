@@ -206,7 +206,7 @@ def own_color(picture: np.ndarray, structure: str) -> int:
 def test_the_analysis_notebook_has_a_slice_browser_and_a_3d_view_that_answer(page, lab):
     run_all(page, lab, ANALYSIS)
     all_cells_ran(page)
-    box = output_below(page, "14. The slice browser")
+    box = output_below(page, "15. The slice browser")
     image = box.locator("img.widget-image")
     first = picture_when(page, image, lambda picture: colored(picture) > 200)
 
@@ -226,7 +226,7 @@ def test_the_analysis_notebook_has_a_slice_browser_and_a_3d_view_that_answer(pag
     box.locator("select[multiple]").select_option("liver")
     # no other structure: all colour is the liver's (but for a few pixels below a letter)
     picture_when(page, image, lambda picture: 20 < colored(picture) < 1.03 * own_color(picture, "liver"))
-    switch_a_mesh(page, output_below(page, "15. In three dimensions"))
+    switch_a_mesh(page, output_below(page, "16. In three dimensions"))
 
 
 def switch_a_mesh(page, output) -> None:

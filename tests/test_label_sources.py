@@ -27,7 +27,9 @@ def labels() -> np.ndarray:
 
 
 def write_ct(path: Path, shape) -> None:
-    write_nifti(path, np.random.default_rng(1).integers(-1000, 900, shape).astype(np.int16), AFFINE)
+    """Noise, of each name another: the same scan twice would be said."""
+    noise = np.random.default_rng(list(f"{path.parent.name} {path.name}".encode()))
+    write_nifti(path, noise.integers(-1000, 900, shape).astype(np.int16), AFFINE)
 
 
 def staged_masks(data_dir: Path, tmp_path: Path) -> dict[str, np.ndarray]:

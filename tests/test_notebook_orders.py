@@ -139,15 +139,15 @@ def test_the_analysis_runs_again_backwards_and_after_changes(training, folder):
         notebook := Opened("segmentation_detection_analysis", OUTPUT_DIR=str(folder), DEVICE="cpu", JOBS=1)
     ).setup_kernel():
         notebook.run()
-        for section in (16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4):
+        for section in (17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4):
             notebook.run(section)
         [first] = folder.glob("report_*.html")
-        printed = notebook.run(17).splitlines()
+        printed = notebook.run(18).splitlines()
         assert len(printed) == len(set(printed)) + 1  # the report, and then all files once
         assert first.read_text().count("<h2>Structure ranking</h2>") == 1
         # what the notebook says is of one evaluation: the scores and the pictures below follow a new one
         notebook.change(DETECTED_DICE=0.9)
-        notebook.run(3, 5, 8, 17)
+        notebook.run(3, 5, 8, 18)
         newest = max(folder.glob("evaluation_results_*.csv"))
         assert set(pd.read_csv(newest)["found_at_dice"]) == {0.9}
         scan = next(folder.glob("phantoms_*/s*/ct.nii.gz"))
@@ -157,4 +157,4 @@ def test_the_analysis_runs_again_backwards_and_after_changes(training, folder):
         training.run(9)
         with pytest.raises(CellExecutionError, match=r"changed since section 2 was run: .*split.json was written anew"):
             notebook.run(3)
-        notebook.run(2, 3, 4, 13)
+        notebook.run(2, 3, 4, 14)
