@@ -127,7 +127,7 @@ def test_make_docs_renders_a_run_with_its_pictures_and_without_places(on_phantom
     assert "it runs first" not in made.stdout and "MiB in all" in made.stdout
     linked = {"training_history.png", "sample_predictions.png", "structure_ranking.png", "best_median_worst.png",
               "segmentation_visualization.png", "3d.png"}  # fmt: skip
-    for name, pictures in (("train_unet", 6), ("segmentation_detection_analysis", 11)):
+    for name, pictures in (("train_unet", 6), ("segmentation_detection_analysis", 12)):
         page = (tmp_path / f"{name}.md").read_text()
         own = set(re.findall(rf"images/({name}_\d+_\d+\.png)", page))
         assert len(own) == pictures and (name == "train_unet") != ("(images/3d.png)" in page)
