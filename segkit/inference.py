@@ -60,8 +60,13 @@ class Calibrated:
         """That of a checkpoint; of one from before there was a calibration, its outputs as they are."""
         channels, found = len(checkpoint.label_map), checkpoint.calibration
         if found is None:
-            return cls(np.full(channels, 0.5), np.ones(channels), np.zeros(channels))
+            return cls.none(channels)
         return cls(np.array(checkpoint.thresholds), np.array(found.slope), np.array(found.offset))
+
+    @classmethod
+    def none(cls, channels: int) -> Calibrated:
+        """Take a network's outputs for probabilities, as they are."""
+        return cls(np.full(channels, 0.5), np.ones(channels), np.zeros(channels))
 
     def probability(self, logits: torch.Tensor, channels: np.ndarray | slice = slice(None)) -> torch.Tensor:
         """Probabilities of logits (C, ...) of these channels: float32 of their shape, a new tensor."""
@@ -110,8 +115,7 @@ class Predictor:
         rows, columns = target_shape
         self.target_shape = (rows, columns)  # the network itself refuses a shape that it cannot halve
         self.logit_thresholds = torch.tensor(logit(thresholds), dtype=torch.float32)
-        as_it_is = Calibrated(np.full(len(label_map), 0.5), np.ones(len(label_map)), np.zeros(len(label_map)))
-        self.calibrations = tuple(calibrations) or (as_it_is,) * len(models)
+        self.calibrations = tuple(calibrations) or (Calibrated.none(len(label_map)),) * len(models)
         # the networks take turns with a batch: all of their logits together need the memory of one network's
         self.batch_size = max(1, batch_size // len(self.models))
 

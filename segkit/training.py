@@ -150,7 +150,9 @@ def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
     What INIT_CHECKPOINT has seen of the test is printed. Raises SegkitError where the older run is being evaluated.
     """
     own = data.learned()
-    earlier = _seen_before(data, settings)  # before they move away: INIT_CHECKPOINT may be of the older run
+    earlier = _seen_before(
+        data, own.ct_bytes, settings
+    )  # before they move away: INIT_CHECKPOINT may be of the older run
     taken = f"{folder}: another process is evaluating the run in it; wait until it ends, or choose another OUTPUT_DIR"
     with alone(folder / PREDICTIONS_LOCK, taken):
         start_run(folder)
@@ -158,14 +160,14 @@ def begin_folder(folder: Path, data: Data, settings: TrainSettings) -> None:
     write_json(folder / "split.json", RunSplit(data.folder.resolve(), own, earlier).to_json())
 
 
-def _seen_before(data: Data, settings: TrainSettings) -> tuple[Learned | None, ...]:
+def _seen_before(data: Data, ct_bytes: Mapping[str, int], settings: TrainSettings) -> tuple[Learned | None, ...]:
     """The trainings behind the weights of INIT_CHECKPOINT; what they have seen of the new one's test is printed."""
     if settings.init_checkpoint is None:
         return ()
     path = find_only_checkpoint(settings.init_checkpoint).parent / "split.json"
     earlier = learned_by(path, "move it away if it cannot be mended: it says what INIT_CHECKPOINT was trained on")
     try:
-        split, by_name = without_seen_by_name(data.split, data.learned().ct_bytes, earlier, path)
+        split, by_name = without_seen_by_name(data.split, ct_bytes, earlier, path)
         checksums = {name: subject.checksums for name, subject in data.staged.items()}
         _, by_content = without_seen(split, checksums, earlier, path)
         said = [*map(str, by_name + by_content)]
